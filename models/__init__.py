@@ -1,0 +1,1 @@
+"""Real pretrained models by package name, and tiny seeded builders. Never imported by the machine."""

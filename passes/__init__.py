@@ -1,0 +1,1 @@
+"""The rewrites: one file, one class, one test each."""

@@ -1,0 +1,1 @@
+"""Make a Transformer you already have faster on the machine you have."""

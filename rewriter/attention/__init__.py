@@ -1,0 +1,1 @@
+"""Raise attention by meaning, lower it through composites."""

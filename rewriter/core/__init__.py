@@ -1,0 +1,1 @@
+"""The nouns of the optimizer: plain data, numpy at most, no framework."""

@@ -1,0 +1,59 @@
+"""Errors a user can act on, and the exit codes they turn into.
+
+An error says what is wrong, where, and what to do. Anything else that escapes is a bug and exits with `INTERNAL`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the command line returns; documented in docs/command-line.md."""
+
+    DONE = 0
+    INTERNAL = 1
+    BAD_INPUT = 2
+    NOT_FASTER = 3
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Bad input: one sentence for what and where, one for what to do.
+
+    `what` names the thing and the problem, `hint` says what to do next.
+    """
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        self.what = what.rstrip(".")
+        self.hint = hint.rstrip(".")
+        super().__init__(f"{self.what}. {self.hint}." if self.hint else f"{self.what}.")
+
+
+class ModelError(UserError):
+    """The model file cannot be used: missing, truncated, not ONNX, or malformed."""
+
+
+class DataError(UserError):
+    """The data does not fit the model or is not sound: names, dtypes, shapes, NaN, too few samples."""
+
+
+class OptionError(UserError):
+    """An unknown or contradictory option: target, metric, pass, shape."""
+
+
+class OutputError(UserError):
+    """The result cannot be written: folder in use by something else, no room on disk."""
+
+
+class UnsupportedOperator(UserError):
+    """An engine does not know an operator. The message names it, its domain and opset, and the node."""
+
+    def __init__(self, engine: str, operator: str, node: str, detail: str = "") -> None:
+        self.engine, self.operator, self.node = engine, operator, node
+        super().__init__(
+            f"{engine} cannot run operator {operator} (node {node!r}){': ' + detail if detail else ''}",
+            "Report the operator, or use --runtime onnxruntime to time variants without this engine",
+        )

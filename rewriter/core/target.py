@@ -1,0 +1,37 @@
+"""The hardware that decides: facts with their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """One machine to run on.
+
+    `kind` is TVM's (``llvm``, ``cuda``); `mcpu` names an instruction set that LLVM knows; `features` are the processor's
+    own flags; `vector_floats` is how many fp32 lanes one register has; caches in bytes; `threads` is how many the
+    artifact will use. `sources` says for each fact where it was read.
+    """
+
+    kind: str
+    name: str
+    mcpu: str
+    arch: str
+    cores: int
+    threads: int
+    vector_floats: int
+    registers: int
+    l1_bytes: int
+    l2_bytes: int
+    l3_bytes: int
+    features: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """What makes measurements on two targets comparable: everything but where the facts were read."""
+        return {
+            "kind": self.kind, "name": self.name, "mcpu": self.mcpu, "threads": self.threads, "features": list(self.features)
+        }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The model behind one protocol: loading, checks, running in torch."""

@@ -1,0 +1,1 @@
+"""JSON (the truth) and Markdown drawn from it."""

@@ -1,0 +1,1 @@
+"""Engines that compile and run a graph, each in a process of its own."""

@@ -1,0 +1,1 @@
+"""TVM as a kernel engine that we drive."""

@@ -1,0 +1,1 @@
+"""Cost table, problem, solvers, refinement."""
