@@ -19,9 +19,9 @@ from rewriter.core.target import Target
 class Pass(ABC):
     """One rewrite of a raised site.
 
-    `kind` is ``exact`` (same function in exact arithmetic, needs no data) or ``calibrated`` (needs statistics, its output
-    projection is solved anew by `rewriter.assembly`). `order` sorts passes that meet at one site: exact ones below 10,
-    cuts of whole heads before ranks.
+    `kind` is ``exact`` (same function in exact arithmetic, needs no data) or ``calibrated`` (needs statistics, its
+    output projection is solved anew by `rewriter.assembly`). `order` sorts passes that meet at one site: exact
+    ones below 10, cuts of whole heads before ranks.
     """
 
     name: ClassVar[str]

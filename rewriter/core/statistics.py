@@ -1,7 +1,8 @@
 """Statistics of one sub-block: Gram matrices in float64, all that a calibrated pass may look at.
 
-Computed by `rewriter.calibration` in one streamed pass (float32 products of at most 4,096 tokens, accumulated in float64);
-padding tokens never enter. Notation as in `rewriter.core.site`; target T is what the block's output should be.
+Computed by `rewriter.calibration` in one streamed pass (float32 products of at most 4,096 tokens, accumulated in
+float64); padding tokens never enter. Notation as in `rewriter.core.site`; the target T is what
+the output of the block should be.
 """
 
 from __future__ import annotations

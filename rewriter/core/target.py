@@ -11,7 +11,7 @@ from typing import Any
 class Target:
     """One machine to run on.
 
-    `kind` is TVM's (``llvm``, ``cuda``); `mcpu` names an instruction set that LLVM knows; `features` are the processor's
+    `kind` is TVM's (``llvm``, ``cuda``); `mcpu` names an instruction set LLVM knows; `features` are the processor's
     own flags; `vector_floats` is how many fp32 lanes one register has; caches in bytes; `threads` is how many the
     artifact will use. `sources` says for each fact where it was read.
     """
@@ -33,5 +33,9 @@ class Target:
     def key(self) -> dict[str, Any]:
         """What makes measurements on two targets comparable: everything but where the facts were read."""
         return {
-            "kind": self.kind, "name": self.name, "mcpu": self.mcpu, "threads": self.threads, "features": list(self.features)
-        }  # fmt: skip
+            "kind": self.kind,
+            "name": self.name,
+            "mcpu": self.mcpu,
+            "threads": self.threads,
+            "features": list(self.features),
+        }
