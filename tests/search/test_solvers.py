@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,7 @@ def test_no_good_cuts_never_repeat_a_plan(seed: int) -> None:
         seen.append(picked)
     assert all(
         sum(c.latency_s for c in a.values()) <= sum(c.latency_s for c in b.values()) + 1e-9
-        for a, b in zip(seen, seen[1:], strict=False)
+        for a, b in itertools.pairwise(seen)
     )
 
 

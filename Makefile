@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11 to 3.13, make and the package registries, nothing else.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+	2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+BUILD := build/minilm
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m models minilm -o $(BUILD)
+	$(BIN)/optimize $(BUILD)/minilm.onnx --target llvm --data $(BUILD)/data.npz --max-drop 1% -o $(BUILD)/optimized
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+# Exactly what CI runs besides the tests: format, lint, types, the import contract.
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.demo $(BUILD)/minilm.onnx
+	$(BIN)/python -m rewriter.benchmark $(BUILD)
+
+$(BUILD)/minilm.onnx:
+	$(BIN)/python -m models minilm -o $(BUILD)
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found: install one, or call make PYTHON=/path/to/python3."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch is named first and exactly, so that a CPU build lying ready is taken where there is one.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e ".[models]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.demo
+	$(PIP) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
