@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from rewriter.core.errors import OptionError
 
 Effort = Literal["quick", "normal", "thorough"]
 Runtime = Literal["tvm", "onnxruntime", "auto"]
@@ -22,25 +25,70 @@ class MaxDrop:
     def __str__(self) -> str:
         return f"{self.fraction * 100:g}%{'rel' if self.relative else ''}"
 
+    @classmethod
+    def parse(cls, text: str) -> MaxDrop:
+        """The inverse of `str`; raises `OptionError`."""
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*(rel)?\s*", text)
+        if not match or not 0.0 < float(match[1]) < 100.0:
+            raise OptionError(f"--max-drop {text!r} is not a share", "Write 1% (percentage points) or 1%rel (relative)")
+        return cls(float(match[1]) / 100.0, match[2] is not None)
+
+
+def parse_duration_s(text: str) -> float:
+    """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds; raises `OptionError`."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise OptionError(f"{text!r} is not a duration", "Write 90s, 10m or 1.5h")
+    return float(match[1]) * {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """``input_ids=1x128`` as a name and sizes; raises `OptionError`."""
+    match = re.fullmatch(r"\s*([^=\s]+)=([0-9]+(?:x[0-9]+)*)\s*", text)
+    if not match or "0" in match[2].split("x"):
+        raise OptionError(f"--shape {text!r} is not a shape", "Write the input's name and its sizes: input_ids=1x128")
+    return match[1], tuple(int(size) for size in match[2].split("x"))
+
 
 @dataclass(frozen=True)
 class Options:
     """One run of `optimize`. Times in seconds; `None` means decide for me."""
 
-    target: str = "cpu"
-    data: Path | None = None
-    tokenizer: Path | None = None
-    metric: str | None = None
-    max_drop: MaxDrop = field(default_factory=MaxDrop)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    runtime: Runtime = "tvm"
-    precision: Precision = "fp32"
-    effort: Effort = "normal"
-    output: Path | None = None
-    cache_dir: Path | None = None
-    seed: int = 0
-    max_time_s: float | None = None
-    passes: str | None = None
-    plan: Path | None = None
-    dry_run: bool = False
-    threads: int | None = None
+    target: str = field(default="cpu", metadata={"help": "hardware to run on: cpu or llvm (this machine's processor)"})
+    data: Path | None = field(
+        default=None, metadata={"help": ".npz with one array per input, or .jsonl/.txt text with --tokenizer"}
+    )
+    tokenizer: Path | None = field(default=None, metadata={"help": "folder with tokenizer.json, for text data"})
+    metric: str | None = field(
+        default=None, metadata={"help": "what must not fall (default: chosen from outputs and labels, and said)"}
+    )
+    max_drop: MaxDrop = field(
+        default_factory=MaxDrop,
+        metadata={"help": "how far the metric may fall: 1%% (points) or 1%%rel (relative)", "parse": MaxDrop.parse},
+    )
+    shapes: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict,
+        metadata={"help": "sizes to optimise for, such as input_ids=1x128; may be repeated", "flag": "--shape"},
+    )
+    runtime: Runtime = field(
+        default="tvm", metadata={"help": "what runs the result", "choices": ("tvm", "onnxruntime", "auto")}
+    )
+    precision: Precision = field(
+        default="fp32",
+        metadata={"help": "number formats that may be used", "choices": ("fp32", "bf16", "int8", "any")},
+    )
+    effort: Effort = field(
+        default="normal", metadata={"help": "how long to search", "choices": ("quick", "normal", "thorough")}
+    )
+    output: Path | None = field(default=None, metadata={"help": "folder to write", "flag": "-o", "long": "--output"})
+    cache_dir: Path | None = field(default=None, metadata={"help": "where measurements and builds are kept"})
+    seed: int = field(default=0, metadata={"help": "seed of everything that is drawn"})
+    max_time_s: float | None = field(
+        default=None, metadata={"help": "stop searching after this long: 90s, 10m", "flag": "--max-time"}
+    )
+    passes: str | None = field(
+        default=None, metadata={"help": "only these passes, such as head_pruning,ffn_pruning{width=1024}"}
+    )
+    plan: Path | None = field(default=None, metadata={"help": "rebuild from this plan.json instead of searching"})
+    threads: int = field(default=1, metadata={"help": "threads the result will use"})
+    dry_run: bool = field(default=False, metadata={"help": "say what would be tried, then stop"})
