@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,9 +13,12 @@ logger = logging.getLogger("rewriter")
 
 
 class Listener(Protocol):
-    """Told when a stage begins, moves on and ends. `expected_s` is a guess made before the run."""
+    """Told when a stage begins, moves on and ends."""
 
-    def begin(self, stage: str, what: str, expected_s: float) -> None:
+    def expect(self, stages_s: Mapping[str, float]) -> None:
+        """The stages to come and a guess of their seconds."""
+
+    def begin(self, stage: str, what: str) -> None:
         """A stage begins."""
 
     def advance(self, stage: str, done: float, note: str) -> None:
@@ -28,7 +31,10 @@ class Listener(Protocol):
 class Silent:
     """Listens to nothing; for tests and for the Python API."""
 
-    def begin(self, stage: str, what: str, expected_s: float) -> None:
+    def expect(self, stages_s: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def begin(self, stage: str, what: str) -> None:
         """Nothing."""
 
     def advance(self, stage: str, done: float, note: str) -> None:
@@ -47,11 +53,15 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     _current: str = ""
 
+    def expect(self, stages_s: Mapping[str, float]) -> None:
+        """Announce the stages to come, so that a listener can say how long is left."""
+        self.listener.expect(stages_s)
+
     @contextmanager
-    def stage(self, name: str, what: str, expected_s: float = 1.0) -> Iterator[Progress]:
+    def stage(self, name: str, what: str) -> Iterator[Progress]:
         """``with progress.stage("load", "reading the model"):`` times the block, also when it fails."""
         logger.info("%s: %s", name, what)
-        self.listener.begin(name, what, expected_s)
+        self.listener.begin(name, what)
         start, before, self._current = self.clock(), self._current, name
         try:
             yield self
