@@ -31,6 +31,10 @@ class UserError(Exception):
         self.hint = hint.rstrip(".")
         super().__init__(f"{self.what}. {self.hint}." if self.hint else f"{self.what}.")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Subclasses have constructors of their own, which pickling would call with the finished message.
+        return _restored, (type(self), self.args), self.__dict__
+
 
 class ModelError(UserError):
     """The model file cannot be used: missing, truncated, not ONNX, or malformed."""
@@ -57,3 +61,9 @@ class UnsupportedOperator(UserError):
             f"{engine} cannot run operator {operator} (node {node!r}){': ' + detail if detail else ''}",
             "Report the operator, or use --runtime onnxruntime to time variants without this engine",
         )
+
+
+def _restored(kind: type[UserError], arguments: tuple[object, ...]) -> UserError:
+    error = kind.__new__(kind)
+    error.args = arguments
+    return error

@@ -1,0 +1,73 @@
+"""What every engine offers: build an artifact from a graph, load it, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.core.refusal import Refusal
+from rewriter.core.target import Target
+from rewriter.graph.onnx import OnnxGraph
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A loaded artifact."""
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """All outputs by name for one batch of named inputs."""
+        ...
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """One run on these inputs, as often as it is called, with no conversion or copy of inputs inside: what is timed."""
+        ...
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """An engine in one of its configurations; constructed without arguments, so that ``module:Class`` names it."""
+
+    name: str
+
+    def available(self) -> Refusal | None:
+        """Why this engine cannot be used in this installation, or None."""
+        ...
+
+    def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
+        """Write an artifact for `graph` below `folder` and return its path.
+
+        `shapes` are those of the inputs that will be timed; an engine with dynamic shapes may ignore them. Raises
+        `rewriter.core.errors.UnsupportedOperator` for what the engine cannot run.
+        """
+        ...
+
+    def load(self, artifact: Path, threads: int) -> Executable:
+        """Load what `build` returned, to run on `threads` threads."""
+        ...
+
+
+def named(spec: str) -> Any:
+    """The object that ``package.module:attribute`` names. Raises ImportError or AttributeError like an import would."""
+    from importlib import import_module
+
+    module, colon, attribute = spec.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"{spec!r} is not of the form module:attribute")
+    found: Any = import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def of_spec(spec: str) -> Runtime:
+    """A new runtime from its ``module:Class`` name."""
+    runtime = named(spec)()
+    if not isinstance(runtime, Runtime):
+        raise TypeError(f"{spec} does not name a runtime")
+    return runtime
