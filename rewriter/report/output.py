@@ -55,7 +55,7 @@ def _ours(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
-    """``with writing(out) as scratch:`` — fill `scratch`; on success it becomes `out`, on failure nothing has changed."""
+    """``with writing(out) as scratch:`` fill `scratch`; on success it becomes `out`, on failure nothing changed."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
