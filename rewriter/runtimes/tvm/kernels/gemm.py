@@ -1,0 +1,187 @@
+"""A packed fp32 GEMM with epilogue: activation(A @ B + bias) [+ residual], any M, N, K.
+
+B is packed once into column panels that are as wide as a register tile (rows x vectors of `lanes` floats); a panel
+is reused by all row tiles while it is hot in L2, and the next panel is fetched meanwhile. Structure after
+K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), without packing A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm.script.ir_builder import tirx as T
+
+from rewriter.runtimes.tvm.kernels import emit
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Index, loop, splat, store, vec
+from rewriter.runtimes.tvm.kernels.expressions import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one GEMM is cut: a register tile of `rows` x `vectors`, `unroll` steps of k, `block` rows of A kept in L2.
+
+    `ahead` fetches the next panel into L2 while this one is in use.
+    """
+
+    rows: int = 12
+    vectors: int = 2
+    unroll: int = 4
+    block: int = 0
+    ahead: bool = True
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """What one GEMM computes. `leading` are the axes of A before K; their product is M."""
+
+    leading: tuple[int, ...]
+    N: int
+    K: int
+    bias: bool = False
+    activation: str = ""
+    residual: bool = False
+    lanes: int = 16
+    threads: int = 1
+
+    @property
+    def M(self) -> int:
+        """Rows."""
+        return int(np.prod(self.leading, dtype=np.int64))
+
+    def panels(self, tile: Tile) -> int:
+        """Column panels, the last one padded with zeros."""
+        return -(-self.N // (self.lanes * tile.vectors))
+
+    def packed_shape(self, tile: Tile) -> tuple[int, int, int]:
+        """(panels, K, width) of the packed B."""
+        return self.panels(tile), self.K, self.lanes * tile.vectors
+
+
+def pack(weight_KN: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """B as panels (ceil(N / width), K, width), the last one padded with zeros."""
+    K, N = weight_KN.shape
+    panels = -(-N // width)
+    padded = np.zeros((K, panels * width), np.float32)
+    padded[:, :N] = weight_KN
+    return np.ascontiguousarray(padded.reshape(K, panels, width).transpose(1, 0, 2))
+
+
+def make_gemm(gemm: Gemm, tile: Tile, name: str = "gemm") -> Any:
+    """PrimFunc (A, packed B, bias?, residual?, C)."""
+    arguments = [("a", (*gemm.leading, gemm.K), "float32"), ("b", gemm.packed_shape(tile), "float32")]
+    if gemm.bias:
+        arguments.append(("bias", (gemm.N,), "float32"))
+    if gemm.residual:
+        arguments.append(("residual", (*gemm.leading, gemm.N), "float32"))
+    arguments.append(("c", (*gemm.leading, gemm.N), "float32"))
+    return emit.prim_func(name, arguments, 1, _Writer(gemm, tile).body)
+
+
+class _Writer:
+    """Emits the statements of one GEMM."""
+
+    def __init__(self, gemm: Gemm, tile: Tile) -> None:
+        self.gemm, self.tile = gemm, tile
+        self.width = gemm.lanes * tile.vectors
+        self.full_panels, self.edge = emit.split(gemm.N, self.width)
+        self.block = min(tile.block or gemm.M, gemm.M)
+
+    def body(self, *buffers: Buffer) -> None:
+        """Row blocks, in each all panels."""
+        gemm = self.gemm
+        rest = list(buffers)
+        self.A = emit.flat(rest.pop(0), (gemm.M, gemm.K))
+        self.B = rest.pop(0)
+        self.bias = rest.pop(0) if gemm.bias else None
+        self.residual = emit.flat(rest.pop(0), (gemm.M, gemm.N)) if gemm.residual else None
+        self.C = emit.flat(rest.pop(0), (gemm.M, gemm.N))
+        blocks, left = emit.split(gemm.M, self.block)
+        if blocks:
+            with loop(blocks) as block:
+                self._panels(block * self.block, self.block)
+        if left:
+            self._panels(blocks * self.block, left)
+
+    def _panels(self, first_row: Index, rows: int) -> None:
+        if self.full_panels:
+            with loop(self.full_panels, parallel=self.gemm.threads > 1) as panel, T.sblock("panel"):
+                self._rows(first_row, rows, panel, self.width)
+        if self.edge:
+            with T.sblock("edge_panel"):
+                self._rows(first_row, rows, self.full_panels, self.edge)
+
+    def _rows(self, first_row: Index, rows: int, panel: Index, columns: int) -> None:
+        self.acc = emit.scratch((self.tile.rows * self.tile.vectors, self.gemm.lanes), registers=True)
+        self.tail = emit.scratch((self.gemm.lanes,), registers=True) if columns % self.gemm.lanes else None
+        full, left = emit.split(rows, self.tile.rows)
+        if full:
+            with loop(full) as tile:
+                self._tile(first_row + tile * self.tile.rows, self.tile.rows, panel, columns, full)
+        if left:
+            self._tile(first_row + full * self.tile.rows, left, panel, columns, 0)
+
+    def _tile(self, row: Index, rows: int, panel: Index, columns: int, sharers: int) -> None:
+        """One register tile; columns beyond `columns` are computed on zeros where a whole vector is live, else skipped."""
+        lanes, unroll = self.gemm.lanes, self.tile.unroll
+        vectors = -(-columns // lanes)
+        for i in range(rows):
+            for n in range(vectors):
+                store(self.acc, self._start(panel, n, columns), i * vectors + n, vec(0, lanes))
+        steps, left = emit.split(self.gemm.K, unroll)
+        if steps:
+            with loop(steps) as step:
+                if sharers and self.tile.ahead:
+                    self._fetch(row, panel, step, sharers)
+                for u in range(unroll):
+                    self._step(row, rows, panel, vectors, step * unroll + u)
+        for u in range(left):
+            self._step(row, rows, panel, vectors, steps * unroll + u)
+        for i in range(rows):
+            for n in range(vectors):
+                self._finish(row + i, panel, n, i * vectors + n, columns)
+
+    def _start(self, panel: Index, n: int, columns: int) -> Any:
+        lanes = self.gemm.lanes
+        if self.bias is None:
+            return emit.zero_for(lanes)
+        if (n + 1) * lanes <= columns:
+            return self.bias[vec(panel * self.width + n * lanes, lanes)]
+        for t in range(columns - n * lanes):
+            store(self.tail, self.bias[panel * self.width + n * lanes + t], t)
+        return self.tail[vec(0, lanes)]
+
+    def _step(self, row: Index, rows: int, panel: Index, vectors: int, k: Index) -> None:
+        lanes = self.gemm.lanes
+        for i in range(rows):
+            for n in range(vectors):
+                at = (i * vectors + n, vec(0, lanes))
+                product = splat(self.A[row + i, k], lanes) * self.B[panel, k, vec(n * lanes, lanes)]
+                store(self.acc, self.acc[at] + product, *at)
+
+    def _fetch(self, row: Index, panel: Index, step: Index, sharers: int) -> None:
+        """Each of the row tiles that share a panel brings its part of the next panel closer."""
+        lines = self.width * 4 // 64
+        per_step = -(-self.tile.unroll * lines // sharers)
+        part = (row // self.tile.rows) % sharers
+        for p in range(per_step):
+            line = (step * sharers + part) * per_step + p
+            address = T.address_of(self.B[panel + 1, line // lines, (line % lines) * 16])
+            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(2), T.int32(1)))
+
+    def _finish(self, row: Index, panel: Index, n: int, slot: int, columns: int) -> None:
+        lanes = self.gemm.lanes
+        value = ACTIVATIONS[self.gemm.activation](self.acc[slot, vec(0, lanes)], lanes)
+        column = panel * self.width + n * lanes
+        live = min(lanes, columns - n * lanes)
+        if live == lanes:
+            if self.residual is not None:
+                value = value + self.residual[row, vec(column, lanes)]
+            store(self.C, value, row, vec(column, lanes))
+            return
+        store(self.tail, value, vec(0, lanes))
+        for t in range(live):
+            extra = T.float32(0) if self.residual is None else self.residual[row, column + t]
+            store(self.C, self.tail[t] + extra, row, column + t)

@@ -1,0 +1,59 @@
+"""Work across lanes: horizontal reductions, transposition, partial loads and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.script.ir_builder import tirx as T
+
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, store, vec
+
+
+def fold(value: Expression, distance: int, lanes: int) -> Expression:
+    """Lanes exchanged at a distance."""
+    return T.Shuffle([value], [lane ^ distance for lane in range(lanes)])
+
+
+def reduce_lanes(
+    buffer: Buffer, row: Index, combine: Callable[[Expression, Expression], Expression], lanes: int
+) -> None:
+    """Every lane of buffer[row] becomes the reduction over all lanes."""
+    distance = lanes // 2
+    while distance:
+        here = buffer[row, vec(0, lanes)]
+        store(buffer, combine(here, fold(here, distance, lanes)), row, vec(0, lanes))
+        distance //= 2
+
+
+def add(a: Expression, b: Expression) -> Expression:
+    """For `reduce_lanes`."""
+    return a + b
+
+
+def maximum(a: Expression, b: Expression) -> Expression:
+    """For `reduce_lanes`."""
+    return T.max(a, b)
+
+
+def transpose(block: Buffer, lanes: int) -> None:
+    """Transposes block (lanes, lanes), held in registers, by log2(lanes) rounds of exchanges between pairs of rows."""
+    distance = 1
+    while distance < lanes:
+        low = [lane if not lane & distance else lanes + (lane ^ distance) for lane in range(lanes)]
+        high = [lane | distance if not lane & distance else lanes + lane for lane in range(lanes)]
+        for row in range(lanes):
+            if row & distance:
+                continue
+            pair = [block[row, vec(0, lanes)], block[row + distance, vec(0, lanes)]]
+            first = T.bind(T.Shuffle(pair, low))
+            second = T.bind(T.Shuffle(pair, high))
+            store(block, first, row, vec(0, lanes))
+            store(block, second, row + distance, vec(0, lanes))
+        distance *= 2
+
+
+def load_part(source: Callable[[int], Expression], live: int, tail: Buffer, lanes: int, fill: Expression) -> Expression:
+    """A vector of which only the first `live` lanes exist in memory; the others are `fill`."""
+    for lane in range(lanes):
+        store(tail, source(lane) if lane < live else fill, lane)
+    return tail[vec(0, lanes)]
