@@ -1,0 +1,90 @@
+"""Reading a model file that nobody vouches for: every problem is named before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes import common
+
+from rewriter.core.errors import ModelError
+from rewriter.graph.proto_checks import check_proto
+
+_EXPORT_AGAIN = "Export the model again"
+_MAX_FILE_BYTES = 2**31 - 1  # protobuf reads no larger message
+
+
+def read_model(path: Path) -> tuple[ir.Model, Path]:
+    """The checked model, functions inlined and nodes sorted, and the file it was read from."""
+    file = find_file(path)
+    proto = parse(file)
+    check_proto(proto, file)
+    return from_checked_proto(proto, file), file
+
+
+def find_file(path: Path) -> Path:
+    """`path` itself, or in a folder ``model.onnx``, else its only ONNX file."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ModelError(f"no model at {path}", "Give an .onnx file or a folder that holds model.onnx")
+    if (path / "model.onnx").is_file():
+        return path / "model.onnx"
+    found = sorted(path.glob("*.onnx"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ModelError(f"the folder {path} holds no .onnx file", "Give an .onnx file or a folder with model.onnx")
+    names = ", ".join(file.name for file in found[:5])
+    raise ModelError(f"the folder {path} holds {len(found)} models ({names})", "Name the file you mean")
+
+
+def parse(file: Path) -> onnx.ModelProto:
+    """The protobuf message in a file, external data left alone."""
+    try:
+        size = file.stat().st_size
+        if size == 0:
+            raise ModelError(f"{file} is empty", _EXPORT_AGAIN)
+        if size > _MAX_FILE_BYTES:
+            raise ModelError(f"{file} is larger than 2 GB", "Export it with external data")
+        content = file.read_bytes()
+    except OSError as problem:
+        raise ModelError(f"cannot read {file}: {problem.strerror or problem}", "Check the path and rights") from problem
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as problem:
+        raise ModelError(f"{file} is truncated or not an ONNX file", _EXPORT_AGAIN) from problem
+    return proto
+
+
+def from_checked_proto(proto: onnx.ModelProto, file: Path) -> ir.Model:
+    """The IR of a checked message. What the IR's own reader refuses becomes a `ModelError`."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its warnings repeat what is checked here
+    try:
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+        if model.functions:
+            common.InlinePass()(model)
+            common.RemoveUnusedFunctionsPass()(model)
+        for graph in model.graphs():
+            _sort(graph, file)
+    except ModelError:
+        raise
+    except Exception as problem:
+        raise ModelError(f"{file} is malformed: {problem}", _EXPORT_AGAIN) from problem
+    finally:
+        logger.setLevel(level)
+    return model
+
+
+def _sort(graph: ir.Graph, file: Path) -> None:
+    try:
+        graph.sort()
+    except ValueError as problem:
+        raise ModelError(f"{file}: the graph has a cycle", _EXPORT_AGAIN) from problem

@@ -1,0 +1,95 @@
+"""Writing a model so that a reader sees the old file or the new one, never a half."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from rewriter.core.errors import ModelError, OutputError
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+def write_model(model: ir.Model, path: Path, external_above_bytes: int) -> Path:
+    """Write `model` to `path` atomically, its weights beside it when together they exceed the limit in bytes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _weight_bytes(model) > external_above_bytes:
+            return _write_external(model, path)
+        return _write_single(model, path)
+    except OSError as problem:
+        raise OutputError(f"cannot write {path}: {problem.strerror or problem}", "Choose another place") from problem
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    graphs = model.graphs()
+    return sum(v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value is not None)
+
+
+def _write_single(model: ir.Model, path: Path) -> Path:
+    proto = ir.to_proto(_embedded(model))
+    _check(proto, model)
+    replace_bytes(path, proto.SerializeToString())
+    return path
+
+
+def _embedded(model: ir.Model) -> ir.Model:
+    """The same model with external weights as ordinary tensors: a relative path would point nowhere from elsewhere."""
+    values = [v for g in model.graphs() for v in g.initializers.values()]
+    if not any(isinstance(value.const_value, ir.ExternalTensor) for value in values):
+        return model
+    copy = model.clone()
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+    return copy
+
+
+def _write_external(model: ir.Model, path: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        data_name = f"{path.name}.data"
+        ir.save(model, Path(folder) / path.name, external_data=data_name)
+        if _standard_only(model):
+            _checked(lambda: onnx.checker.check_model(str(Path(folder) / path.name)))
+        (Path(folder) / data_name).replace(path.parent / data_name)
+        (Path(folder) / path.name).replace(path)
+    return path
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one in the same folder; on any failure the old file stays."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _standard_only(model: ir.Model) -> bool:
+    return all(node.domain in STANDARD_DOMAINS for graph in model.graphs() for node in graph)
+
+
+def _check(proto: onnx.ModelProto, model: ir.Model) -> None:
+    if _standard_only(model):
+        _checked(lambda: onnx.checker.check_model(proto))
+
+
+def _checked(check: object) -> None:
+    assert callable(check)
+    try:
+        check()
+    except onnx.checker.ValidationError as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise ModelError(f"the graph to be written is not valid ONNX: {first}", "Report this as a bug") from problem
