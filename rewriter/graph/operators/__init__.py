@@ -1,0 +1,35 @@
+"""Operator implementations; importing this package registers all of them."""
+
+from rewriter.graph.operators import (
+    activations,
+    attention,
+    composite,
+    control,
+    convolution,
+    elementwise,
+    indexing,
+    linear,
+    microsoft,
+    movement,
+    normalisation,
+    quantised,
+    reductions,
+    shapes,
+)
+
+__all__ = [
+    "activations",
+    "attention",
+    "composite",
+    "control",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "linear",
+    "microsoft",
+    "movement",
+    "normalisation",
+    "quantised",
+    "reductions",
+    "shapes",
+]

@@ -1,0 +1,84 @@
+"""The composite operators of `rewriter.graph.composites`, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rewriter.graph.composites import COMPOSITE_DOMAIN
+from rewriter.graph.operators.attention import merge_heads, soft_cap, split_heads
+from rewriter.graph.operators.normalisation import rms
+from rewriter.graph.operators.registry import Call, operator
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@operator("Linear", domain=COMPOSITE_DOMAIN)
+def linear(call: Call, x: Tensor, weight_CN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``act(x @ W + b)``."""
+    return ACTIVATIONS[call.get("activation", "")](F.linear(x, weight_CN.T, bias_N))
+
+
+@operator("SplitHeads", domain=COMPOSITE_DOMAIN)
+def split(call: Call, x_BSN: Tensor) -> Tensor:
+    """(B, S, N) to (B, heads, S, N / heads)."""
+    return split_heads(x_BSN, call.need("heads"))
+
+
+@operator("Attention", domain=COMPOSITE_DOMAIN)
+def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``softmax(cap(scale * Q K^T) + bias) V`` as (B, S, H * Dv)."""
+    q, k, v = (
+        _operand(call, tensor, role) for tensor, role in ((query, "query"), (key, "key"), (value, "value"))
+    )
+    scores = soft_cap((q * call.get("scale", 1.0)) @ k.transpose(-1, -2), call.get("softcap", 0.0))
+    if bias is not None:
+        kind = call.get("bias_kind", "add")
+        scores = scores.masked_fill(~bias, -torch.inf) if kind == "bool" else scores + bias
+    weights = torch.softmax(scores, -1)
+    if bias is not None and call.get("empty_rows", "nan") == "zero":
+        weights = torch.where(torch.isnan(weights), torch.zeros_like(weights), weights)
+    return merge_heads(weights @ v)
+
+
+def _operand(call: Call, x: Tensor, role: str) -> Tensor:
+    """(B, H, tokens, D): heads split, then picked for every query head."""
+    heads = call.need(f"{role}_heads")
+    x = split_heads(x, heads) if x.ndim == 3 else x
+    picks = call.get(f"{role}_head_of") or list(range(heads))
+    return x if picks == list(range(heads)) else x[:, picks]
+
+
+@operator("Rotary", domain=COMPOSITE_DOMAIN)
+def rotary(call: Call, x_BGSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Leading dims ``u`` become ``u * cos + sign * rotate(u) * sin``; ``rotate`` is (-second, first) of each pair."""
+    size = call.need("size")
+    turned, kept = x_BGSD[..., :size], x_BGSD[..., size:]
+    if call.get("interleaved", 0):
+        rotated = torch.stack([-turned[..., 1::2], turned[..., 0::2]], -1).flatten(-2)
+    else:
+        rotated = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], -1)
+    result = turned * cos + call.get("sign", 1) * rotated * sin
+    return torch.cat([result, kept], -1) if kept.shape[-1] else result
+
+
+@operator("HeadNorm", domain=COMPOSITE_DOMAIN)
+def head_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Layer or RMS norm over the last axis."""
+    epsilon = call.get("epsilon", 1e-5)
+    if call.get("kind", "layer") == "layer":
+        return F.layer_norm(x, x.shape[-1:], gain, bias, epsilon)
+    result = rms(x, [-1], epsilon) * gain
+    return result if bias is None else result + bias
