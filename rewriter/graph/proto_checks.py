@@ -59,8 +59,10 @@ def _check_names(graph: onnx.GraphProto, file: Path, outer: set[str], where: str
     produced = [name for node in graph.node for name in node.output if name]
     if "" in weights or "" in inputs:
         raise ModelError(f"{file}: {where} has an input or a weight without a name", _AGAIN)
-    repeated = _first_repeated(inputs) or _first_repeated([*weights, *produced]) or _first_repeated(
-        [*(name for name in inputs if name not in weights), *produced]
+    repeated = (
+        _first_repeated(inputs)
+        or _first_repeated([*weights, *produced])
+        or _first_repeated([*(name for name in inputs if name not in weights), *produced])
     )
     if repeated:
         raise ModelError(f"{file}: {where} defines {repeated!r} more than once", _AGAIN)

@@ -65,10 +65,14 @@ def attention(
     )
     capped = soft_cap(product, call.get("softcap", 0.0))
     scores = _masked(call, capped, mask, past, valid_lengths)
-    weights = torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) if torch.isneginf(scores).any() else scores.softmax(-1)
+    weights = (
+        torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) if torch.isneginf(scores).any() else scores.softmax(-1)
+    )
     result = weights @ repeat_heads(value, query.shape[1])
     # Mode 1 is after the soft-cap where it comes first (onnx 1.20), mode 2 after the mask as well.
-    kept = {0: product, 1: capped, 2: scores, 3: weights}[call.get("qk_matmul_output_mode", 0)] if call.wants(3) else None
+    kept = (
+        {0: product, 1: capped, 2: scores, 3: weights}[call.get("qk_matmul_output_mode", 0)] if call.wants(3) else None
+    )
     return (merge_heads(result) if flat else result), key, value, kept
 
 
@@ -91,9 +95,7 @@ def _masked(call: Call, scores: Tensor, mask: Tensor | None, past: int, valid_le
 
 
 @operator("RotaryEmbedding", since=23)
-def rotary_embedding(
-    call: Call, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None
-) -> Tensor:
+def rotary_embedding(call: Call, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
     """Pairs of dims turned by angles (Su et al., arXiv 2104.09864); tables hold half the turned dims."""
     flat = x.ndim == 3
     if flat:

@@ -40,9 +40,7 @@ def split(call: Call, x_BSN: Tensor) -> Tensor:
 @operator("Attention", domain=COMPOSITE_DOMAIN)
 def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """``softmax(cap(scale * Q K^T) + bias) V`` as (B, S, H * Dv)."""
-    q, k, v = (
-        _operand(call, tensor, role) for tensor, role in ((query, "query"), (key, "key"), (value, "value"))
-    )
+    q, k, v = (_operand(call, tensor, role) for tensor, role in ((query, "query"), (key, "key"), (value, "value")))
     scores = soft_cap((q * call.get("scale", 1.0)) @ k.transpose(-1, -2), call.get("softcap", 0.0))
     if bias is not None:
         kind = call.get("bias_kind", "add")

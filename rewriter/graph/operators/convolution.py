@@ -9,7 +9,9 @@ from torch import Tensor
 from rewriter.graph.operators.registry import Call, operator
 
 
-def explicit_pads(call: Call, sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int]) -> list[int]:
+def explicit_pads(
+    call: Call, sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int]
+) -> list[int]:
     """Begin widths then end widths of the space axes, from `pads` or `auto_pad`."""
     mode = call.get("auto_pad", "NOTSET")
     space = len(sizes)
@@ -122,7 +124,9 @@ def _original_places(places: Tensor, x: Tensor, wide: Tensor, pads: list[int]) -
     return flat + planes * stride
 
 
-def _ceil_pads(sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int], pads: list[int]) -> list[int]:
+def _ceil_pads(
+    sizes: list[int], kernel: list[int], strides: list[int], dilations: list[int], pads: list[int]
+) -> list[int]:
     """End widths raised so that a last window that starts inside is kept whole."""
     space, ends = len(sizes), []
     for i in range(space):

@@ -195,9 +195,7 @@ def reverse_sequence(call: Call, x: Tensor, lengths: Tensor) -> Tensor:
 
 
 @operator("Pad", since=11)
-def pad(
-    call: Call, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None
-) -> Tensor:
+def pad(call: Call, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
     """Widths as an input, optionally for some axes."""
     widths = ints(pads)
     picked = ints(axes) if axes is not None else list(range(len(widths) // 2))

@@ -76,7 +76,9 @@ def _centred(x: Tensor, zero: Tensor | None, rows: bool) -> Tensor:
 
 
 @operator("MatMulInteger")
-def matmul_integer(call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
+def matmul_integer(
+    call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
+) -> Tensor:
     """Product of 8-bit matrices in int32."""
     return (_centred(a, a_zero, True) @ _centred(b, b_zero, False)).to(torch.int32)
 
@@ -102,7 +104,9 @@ def quantised_matmul(
 
 
 @operator("ConvInteger")
-def conv_integer(call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None) -> Tensor:
+def conv_integer(
+    call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
+) -> Tensor:
     """Convolution of 8-bit tensors in int32; padding is with the zero point."""
     from rewriter.graph.operators.convolution import conv
 

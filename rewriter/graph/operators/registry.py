@@ -78,9 +78,7 @@ class Implementation:
 _TABLE: dict[tuple[str, str], list[Implementation]] = {}
 
 
-def operator(
-    *names: str, domain: str = "", since: int = 1, scoped: bool = False
-) -> Callable[[Function], Function]:
+def operator(*names: str, domain: str = "", since: int = 1, scoped: bool = False) -> Callable[[Function], Function]:
     """Register an implementation under one or more names, valid from opset `since` until a later one begins."""
 
     def register(function: Function) -> Function:
