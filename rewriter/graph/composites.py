@@ -52,7 +52,7 @@ def composite(
       `value_heads` are each operand's G, `query_head_of`, `key_head_of`, `value_head_of` say which of its heads
       each of the H reads. `softcap` 0 is none; `bias_kind` is none, add or bool (True may attend); bias broadcasts
       to (B, H, S, T). `empty_rows` (nan, zero) is what rows without an allowed key give.
-    - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading `size` dims ``u * cos + sign * rotate(u) * sin``.
+    - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading dims ``u * cos + sign * rotate(u) * sin``.
     - ``HeadNorm(x, gain, bias?)``, `kind` (layer, rms), `epsilon`: over the last axis.
 
     Raises `ValueError` when it is not well-formed: that is a bug of the caller.

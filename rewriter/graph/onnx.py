@@ -1,6 +1,7 @@
 """The graph the machine works on: an `onnx_ir.Model` with lookups by value name.
 
-Values are addressed by name throughout, nodes by the values they make: names of nodes are empty or repeated in the wild.
+Values are addressed by name throughout, nodes by the values they make: names of nodes are empty or repeated in
+the wild.
 """
 
 from __future__ import annotations

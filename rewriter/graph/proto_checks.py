@@ -13,10 +13,10 @@ from rewriter.core.errors import ModelError
 KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft", "rewriter")
 MAX_ELEMENTS = 2**40
 _AGAIN = "Export the model again"
-_BITS = {
-    onnx.TensorProto.UINT4: 4,
-    onnx.TensorProto.INT4: 4,
-    onnx.TensorProto.FLOAT4E2M1: 4,
+_BITS: dict[int, int] = {
+    int(onnx.TensorProto.UINT4): 4,
+    int(onnx.TensorProto.INT4): 4,
+    int(onnx.TensorProto.FLOAT4E2M1): 4,
 }
 
 

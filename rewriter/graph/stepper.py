@@ -99,16 +99,16 @@ class Stepper:
         self._values[batch][name] = self.interpreter.tensor(tensor)
 
     def run_fragment(self, fragment: Fragment, batch: int, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Values of a fragment (its outputs by default) on a batch. The graph values it reads are recorded, its own not."""
+        """Values of a fragment (its outputs by default) on a batch; only the graph values it reads are recorded."""
         names = list(fragment.outputs if wanted is None else wanted)
         self.advance(fragment.reads(), batch)
         env = {**self.interpreter.constants, **self._values[batch], **self._constants_of(fragment)}
         self.interpreter.run_nodes(fragment.nodes, env, set(env) | set(names))
         return {name: env[name] for name in names}
 
-    def prune(self, future: Collection[str]) -> None:
-        """Drop every value that neither `keep` nor a name in `future` still needs."""
-        for store in self._values:
+    def prune(self, future: Collection[str], batch: int | None = None) -> None:
+        """Drop every value, of all batches or of one, that neither `keep` nor a name in `future` still needs."""
+        for store in self._values if batch is None else [self._values[batch]]:
             live = self._live({*future, *self.keep}, store)
             for name in [name for name in store if name not in live]:
                 del store[name]
@@ -119,10 +119,8 @@ class Stepper:
 
     def held_bytes(self) -> int:
         """Memory of all stored values, views counted once."""
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in self._values for t in s.values()
-        }
-        return sum(storages.values())
+        storages = [tensor.untyped_storage() for store in self._values for tensor in store.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _lookup(self, name: str, batch: int) -> Tensor:
         store = self._values[batch]

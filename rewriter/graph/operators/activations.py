@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, operator
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "HardSwish": F.hardswish,
-    "Mish": F.mish,
+    "HardSwish": functional.hardswish,
+    "Mish": functional.mish,
     "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
     "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
-    "Softsign": F.softsign,
+    "Softsign": functional.softsign,
 }
 
 
@@ -33,7 +33,7 @@ for _name, _function in _PLAIN.items():
 @operator("Gelu")
 def gelu(call: Call, x: Tensor) -> Tensor:
     """Gaussian error linear unit, exact or by tanh (Hendrycks and Gimpel, arXiv 1606.08415)."""
-    return F.gelu(x, approximate=call.get("approximate") or "none")
+    return functional.gelu(x, approximate=call.get("approximate") or "none")
 
 
 @operator("Swish")
@@ -45,13 +45,13 @@ def swish(call: Call, x: Tensor) -> Tensor:
 @operator("Elu")
 def elu(call: Call, x: Tensor) -> Tensor:
     """Exponential below zero."""
-    return F.elu(x, call.get("alpha", 1.0))
+    return functional.elu(x, call.get("alpha", 1.0))
 
 
 @operator("Celu")
 def celu(call: Call, x: Tensor) -> Tensor:
     """Continuously differentiable Elu."""
-    return F.celu(x, call.get("alpha", 1.0))
+    return functional.celu(x, call.get("alpha", 1.0))
 
 
 @operator("Selu")
@@ -64,7 +64,7 @@ def selu(call: Call, x: Tensor) -> Tensor:
 @operator("LeakyRelu")
 def leaky_relu(call: Call, x: Tensor) -> Tensor:
     """A slope below zero."""
-    return F.leaky_relu(x, call.get("alpha", 0.01))
+    return functional.leaky_relu(x, call.get("alpha", 0.01))
 
 
 @operator("PRelu")

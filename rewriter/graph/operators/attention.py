@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, Result, operator
 
@@ -90,7 +91,7 @@ def _masked(call: Call, scores: Tensor, mask: Tensor | None, past: int, valid_le
         return scores
     if mask.shape[-1] < columns:  # the standard lets a mask be shorter than the keys: the rest is hidden
         fill = False if mask.dtype == torch.bool else -math.inf
-        mask = torch.nn.functional.pad(mask, (0, columns - mask.shape[-1]), value=fill)
+        mask = functional.pad(mask, (0, columns - mask.shape[-1]), value=fill)
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.operators.attention import merge_heads, soft_cap, split_heads
@@ -16,11 +16,11 @@ from rewriter.graph.operators.registry import Call, operator
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "identity": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
-    "silu": F.silu,
+    "silu": functional.silu,
     "tanh": torch.tanh,
 }
 
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @operator("Linear", domain=COMPOSITE_DOMAIN)
 def linear(call: Call, x: Tensor, weight_CN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``act(x @ W + b)``."""
-    return ACTIVATIONS[call.get("activation", "")](F.linear(x, weight_CN.T, bias_N))
+    return ACTIVATIONS[call.get("activation", "")](functional.linear(x, weight_CN.T, bias_N))
 
 
 @operator("SplitHeads", domain=COMPOSITE_DOMAIN)
@@ -77,6 +77,6 @@ def head_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor | None = None) -
     """Layer or RMS norm over the last axis."""
     epsilon = call.get("epsilon", 1e-5)
     if call.get("kind", "layer") == "layer":
-        return F.layer_norm(x, x.shape[-1:], gain, bias, epsilon)
+        return functional.layer_norm(x, x.shape[-1:], gain, bias, epsilon)
     result = rms(x, [-1], epsilon) * gain
     return result if bias is None else result + bias

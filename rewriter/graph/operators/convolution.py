@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, operator
 
@@ -33,7 +33,9 @@ def pad_space(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
     space = len(pads) // 2
     if not any(pads):
         return x
-    return F.pad(x, [width for i in reversed(range(space)) for width in (pads[i], pads[space + i])], value=value)
+    return functional.pad(
+        x, [width for i in reversed(range(space)) for width in (pads[i], pads[space + i])], value=value
+    )
 
 
 @operator("Conv")
@@ -44,7 +46,7 @@ def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         raise call.unsupported(f"{space} space axes")
     strides, dilations = call.get("strides") or [1] * space, call.get("dilations") or [1] * space
     pads = explicit_pads(call, list(x.shape[2:]), list(weight.shape[2:]), strides, dilations)
-    function = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
+    function = (functional.conv1d, functional.conv2d, functional.conv3d)[space - 1]
     if pads[:space] == pads[space:]:
         return function(x, weight, bias, strides, pads[:space], dilations, call.get("group", 1))
     return function(pad_space(x, pads), weight, bias, strides, 0, dilations, call.get("group", 1))
@@ -58,7 +60,7 @@ def conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = 
         raise call.unsupported(f"{space} space axes")
     strides, dilations = call.get("strides") or [1] * space, call.get("dilations") or [1] * space
     extra = call.get("output_padding") or [0] * space
-    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[space - 1]
+    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[space - 1]
     reach = [(weight.shape[2 + i] - 1) * dilations[i] + 1 for i in range(space)]
     full = [(x.shape[2 + i] - 1) * strides[i] + extra[i] + reach[i] for i in range(space)]
     pads = _transposed_pads(call, list(x.shape[2:]), full, strides)
@@ -99,7 +101,7 @@ def max_pool(call: Call, x: Tensor) -> tuple[Tensor, ...] | Tensor:
     wide = pad_space(x, pads, low)
     if not x.is_floating_point():
         return _pool_integers(wide, kernel, strides, dilations)
-    function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[space - 1]
+    function = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[space - 1]
     if not call.wants(1):
         return function(wide, kernel, strides, 0, dilations)
     values, places = function(wide, kernel, strides, 0, dilations, return_indices=True)

@@ -39,8 +39,7 @@ def gather_nd(call: Call, x: Tensor, index: Tensor) -> Tensor:
         torch.arange(x.shape[axis]).reshape([-1 if axis == i else 1 for i in range(index.ndim - 1)])
         for axis in range(batch)
     ]
-    picked = x[(*leading, *parts)] if leading or depth else x
-    return picked
+    return x[(*leading, *parts)] if leading or depth else x
 
 
 @operator("ScatterND")
@@ -120,7 +119,7 @@ def top_k(call: Call, x: Tensor, k: Tensor | None = None) -> tuple[Tensor, Tenso
     """The largest or smallest along one axis with their indices; equal ones in order of index."""
     count = int(k) if k is not None else call.need("k")
     axis, largest = call.get("axis", -1), bool(call.get("largest", 1))
-    values, index = torch.sort(x, axis, descending=largest, stable=True)
+    values, index = torch.sort(x, dim=axis, descending=largest, stable=True)
     return values.narrow(axis, 0, count), index.narrow(axis, 0, count)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.normalisation import rms
 from rewriter.graph.operators.registry import Call, Result, operator
@@ -15,19 +15,19 @@ DOMAIN = "com.microsoft"
 @operator("Gelu", domain=DOMAIN)
 def gelu(call: Call, x: Tensor) -> Tensor:
     """Exact Gelu."""
-    return F.gelu(x)
+    return functional.gelu(x)
 
 
 @operator("BiasGelu", domain=DOMAIN)
 def bias_gelu(call: Call, x: Tensor, bias: Tensor) -> Tensor:
     """Exact Gelu of a sum."""
-    return F.gelu(x + bias)
+    return functional.gelu(x + bias)
 
 
 @operator("FastGelu", domain=DOMAIN)
 def fast_gelu(call: Call, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Gelu by tanh, of a sum."""
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
+    return functional.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
 @operator("QuickGelu", domain=DOMAIN)
@@ -42,7 +42,7 @@ def skip_layer_norm(
 ) -> Result:
     """Layer norm of a sum; the sum itself is the fourth output."""
     total = x + skip if bias is None else x + skip + bias
-    result = F.layer_norm(total, total.shape[-1:], gain, beta, call.get("epsilon", 1e-12))
+    result = functional.layer_norm(total, total.shape[-1:], gain, beta, call.get("epsilon", 1e-12))
     return result, None, None, total
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, ints, operator, sized
 
@@ -217,7 +217,7 @@ def padded(x: Tensor, widths: list[int], axes: list[int], mode: str, value: floa
     sized([size + begin + end for size, begin, end in zip(x.shape, begins, ends, strict=True)])
     if mode == "constant":
         flat = [width for axis in reversed(range(x.ndim)) for width in (begins[axis], ends[axis])]
-        return F.pad(x, flat, value=bool(value) if x.dtype == torch.bool else value)
+        return functional.pad(x, flat, value=bool(value) if x.dtype == torch.bool else value)
     for axis in range(x.ndim):
         if begins[axis] or ends[axis]:
             x = x.index_select(axis, _mirror_index(x.shape[axis], begins[axis], ends[axis], mode))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, Result, operator
 
@@ -15,9 +15,9 @@ def layer_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor | None = None) 
     axis, epsilon = call.get("axis", -1) % x.ndim, call.get("epsilon", 1e-5)
     axes = list(range(axis, x.ndim))
     if gain.shape == x.shape[axis:] and (bias is None or bias.shape == gain.shape):
-        result = F.layer_norm(x, x.shape[axis:], gain, bias, epsilon)
+        result = functional.layer_norm(x, x.shape[axis:], gain, bias, epsilon)
     else:
-        result = F.layer_norm(x, x.shape[axis:], None, None, epsilon) * gain
+        result = functional.layer_norm(x, x.shape[axis:], None, None, epsilon) * gain
         result = result if bias is None else result + bias
     if not call.wants(1) and not call.wants(2):
         return result
@@ -43,13 +43,13 @@ def batch_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, 
     """With recorded statistics; refused while training."""
     if call.get("training_mode") or (call.opset < 7 and not call.get("is_test", 0)):
         raise call.unsupported("it is in training mode: export the model after model.eval()")
-    return F.batch_norm(x, mean, variance, gain, bias, False, 0.0, call.get("epsilon", 1e-5))
+    return functional.batch_norm(x, mean, variance, gain, bias, False, 0.0, call.get("epsilon", 1e-5))
 
 
 @operator("GroupNormalization", since=21)
 def group_norm(call: Call, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     """Over groups of channels, gain and bias per channel (Wu and He, arXiv 1803.08494)."""
-    return F.group_norm(x, call.need("num_groups"), gain, bias, call.get("epsilon", 1e-5))
+    return functional.group_norm(x, call.need("num_groups"), gain, bias, call.get("epsilon", 1e-5))
 
 
 @operator("GroupNormalization", since=18)
@@ -58,7 +58,7 @@ def group_norm_by_group(call: Call, x: Tensor, gain: Tensor, bias: Tensor) -> Te
     groups = call.need("num_groups")
     repeat = x.shape[1] // groups
     gain, bias = gain.repeat_interleave(repeat), bias.repeat_interleave(repeat)
-    return F.group_norm(x, groups, gain, bias, call.get("epsilon", 1e-5))
+    return functional.group_norm(x, groups, gain, bias, call.get("epsilon", 1e-5))
 
 
 @operator("InstanceNormalization")
@@ -88,7 +88,7 @@ def local_response(call: Call, x: Tensor) -> Tensor:
     """By the sum of squares of neighbouring channels (Krizhevsky et al. 2012)."""
     size, channels = call.need("size"), x.shape[1]
     low = (size - 1) // 2
-    squares = F.pad((x * x).flatten(2).transpose(1, 2), (low, size - 1 - low)).unfold(-1, size, 1).sum(-1)
+    squares = functional.pad((x * x).flatten(2).transpose(1, 2), (low, size - 1 - low)).unfold(-1, size, 1).sum(-1)
     total = squares[..., :channels].transpose(1, 2).reshape(x.shape)
     scale = call.get("bias", 1.0) + call.get("alpha", 1e-4) / size * total
     return x / scale.pow(call.get("beta", 0.75))
