@@ -32,16 +32,25 @@ def solve_gram(gram: Array64, right: Array64) -> Array64:
         return np.asarray(linalg.lstsq(gram, right)[0])
 
 
-def ridge_towards(regression: Regression, current: Array64, ridge: float) -> Array64:
+def ridge_level(gram: Array64, ridge: float) -> float:
+    """The absolute penalty lambda of a relative `ridge`: times the mean diagonal of `gram` without its ones-column."""
+    features = gram.shape[0] - 1
+    return 0.0 if features == 0 else ridge * float(np.trace(gram[:features, :features])) / features
+
+
+def penalised(gram: Array64, level: float) -> Array64:
+    """``gram + level * I`` except for the ones-column, which comes last and stays free."""
+    return gram + np.diag(np.append(np.full(gram.shape[0] - 1, level), 0.0))
+
+
+def ridge_towards(regression: Regression, current: Array64, ridge: float, level: float | None = None) -> Array64:
     """Least squares pulled towards the current weights: ``W + (G + lambda I)^-1 (C - G W)``.
 
-    `current` is (F+1, C) with the bias in its last row; lambda is ``ridge * trace(G) / columns`` and does not act on
-    the bias row. ridge -> infinity returns `current`, ridge -> 0 the least-squares solution.
+    `current` is (F+1, C) with the bias in its last row; lambda is ``ridge * trace(G) / columns``, or `level` if given,
+    and does not act on the bias row. ridge -> infinity returns `current`, ridge -> 0 the least-squares solution.
     """
     gram = regression.gram
-    features = gram.shape[0] - 1
-    if features == 0:
+    if gram.shape[0] == 1:
         return np.asarray(regression.cross / max(float(gram[0, 0]), 1.0))
-    level = ridge * float(np.trace(gram[:features, :features])) / features
-    penalty = np.diag(np.append(np.full(features, level), 0.0))
-    return np.asarray(current + solve_gram(gram + penalty, regression.cross - gram @ current))
+    level = ridge_level(gram, ridge) if level is None else level
+    return np.asarray(current + solve_gram(penalised(gram, level), regression.cross - gram @ current))

@@ -7,13 +7,21 @@ unchanged, options print and parse, refusals have reasons (tests/passes/contract
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
+import numpy as np
+
+from rewriter.core.errors import OptionError
+from rewriter.core.linalg import ridge_towards
 from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
-from rewriter.core.site import Site
-from rewriter.core.statistics import Statistics
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Site, State
+from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
 from rewriter.core.target import Target
+
+RIDGE = 1e-3  # towards the current weights, in every re-solve a pass does by itself; assembly chooses its own anew
 
 
 class Pass(ABC):
@@ -39,3 +47,98 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, site: Site, option: Option, statistics: Statistics | None) -> Site:
         """The rewritten site. `statistics` is given to calibrated passes and describes this very site."""
+
+    def losses(self, site: Site, statistics: Statistics) -> Mapping[Option, float]:
+        """The squared output error of options that follow from `statistics` alone, for all levels in one sweep.
+
+        In the units of `Regression.loss`, ridge penalty included; empty where an option's error shows only when run.
+        """
+        return {}
+
+    def feature_map(self, site: Site, option: Option, statistics: Statistics) -> Array | None:
+        """How the input of the output projection changes: indices of kept columns, or a matrix (F, F').
+
+        `Regression.map` then gives the rewritten site's regression without a forward pass. None: no such map.
+        """
+        return None
+
+
+def attention_refusal(site: Site) -> Refusal | None:
+    """What any rewrite of an attention's weights needs: mapped, lowerable, nothing read from outside, no cache."""
+    if not isinstance(site, AttentionSite):
+        return Refusal("not-attention", f"{site.id} is a feed-forward, not an attention")
+    if not site.mapped or site.output is None:
+        return Refusal("not-mapped", "the weights of some operand are not known per head", site.nodes[:1])
+    if site.state is not State.LOWERABLE:
+        return Refusal("not-lowerable", "writing this attention anew was not shown to be the identity", site.nodes[:1])
+    if site.escapes:
+        return Refusal("value-escapes", f"values inside are read from outside: {', '.join(site.escapes)}", site.escapes)
+    if site.cached:
+        return Refusal("cache-in-signature", "a key/value cache is part of the model's inputs or outputs")
+    return None
+
+
+def feed_forward_refusal(site: Site) -> Refusal | None:
+    """What any rewrite of a feed-forward's weights needs: lowerable, nothing read from outside."""
+    if not isinstance(site, FeedForwardSite):
+        return Refusal("not-feed-forward", f"{site.id} is an attention, not a feed-forward")
+    if site.state is not State.LOWERABLE:
+        return Refusal("not-lowerable", "writing this block anew was not shown to be the identity", site.nodes[:1])
+    if site.escapes:
+        return Refusal("value-escapes", f"values inside are read from outside: {', '.join(site.escapes)}", site.escapes)
+    return None
+
+
+def attention_input(
+    refusal: Refusal | None, site: Site, option: Option, statistics: Statistics | None
+) -> tuple[AttentionSite, AttentionStatistics]:
+    """The typed arguments of an attention pass's `apply`; raises `OptionError` where it must not be applied."""
+    if refusal is not None:
+        raise OptionError(f"{option} does not apply: {refusal.why}", "Leave the option out of the plan")
+    if not isinstance(site, AttentionSite) or not isinstance(statistics, AttentionStatistics):
+        raise OptionError(f"{option} needs statistics of an attention", "Give calibration data with --data")
+    return site, statistics
+
+
+def feed_forward_input(
+    refusal: Refusal | None, site: Site, option: Option, statistics: Statistics | None
+) -> tuple[FeedForwardSite, FeedForwardStatistics]:
+    """The typed arguments of a feed-forward pass's `apply`; raises `OptionError` where it must not be applied."""
+    if refusal is not None:
+        raise OptionError(f"{option} does not apply: {refusal.why}", "Leave the option out of the plan")
+    if not isinstance(site, FeedForwardSite) or not isinstance(statistics, FeedForwardStatistics):
+        raise OptionError(f"{option} needs statistics of a feed-forward", "Give calibration data with --data")
+    return site, statistics
+
+
+def out_of_range(option: Option, key: str, low: int, high: int) -> OptionError:
+    """The error for a level that the site does not have."""
+    return OptionError(f"{option}: {key} must lie between {low} and {high}", "Choose a level that the site has")
+
+
+def resolve_output(site: Site, statistics: Statistics, ridge: float = RIDGE, level: float | None = None) -> Site:
+    """The site with its output projection fitted anew by `linalg.ridge_towards`; a missing bias is added."""
+    weights = ridge_towards(statistics.regression, output_weights(site), ridge, level)
+    return with_output_weights(site, weights)
+
+
+def output_weights(site: Site) -> Array64:
+    """The output projection as (F+1, C) in float64, bias in the last row."""
+    if isinstance(site, FeedForwardSite):
+        weight, bias = site.down_FC, site.down_bias_C
+    else:
+        assert site.output is not None
+        weight, bias = site.output.weight_HDC.reshape(-1, site.output.weight_HDC.shape[-1]), site.output.bias_C
+    zeros = np.zeros(weight.shape[1])
+    return np.vstack([weight.astype(np.float64), (zeros if bias is None else bias.astype(np.float64))[None]])
+
+
+def with_output_weights(site: Site, weights: Array64) -> Site:
+    """The inverse of `output_weights`, in the dtype the site already has."""
+    if isinstance(site, FeedForwardSite):
+        dtype = site.down_FC.dtype
+        return replace(site, down_FC=weights[:-1].astype(dtype), down_bias_C=weights[-1].astype(dtype))
+    assert site.output is not None
+    before = site.output.weight_HDC
+    weight_HDC = weights[:-1].reshape(site.heads, -1, weights.shape[1]).astype(before.dtype)
+    return replace(site, output=replace(site.output, weight_HDC=weight_HDC, bias_C=weights[-1].astype(before.dtype)))

@@ -97,12 +97,13 @@ class Projection:
     @property
     def plain(self) -> bool:
         """A bare linear map: no norm, no rotation, no cache. What low-rank rewrites need."""
-        return self.mapped and self.norm is None and self.rotary is None and not self.past
+        cached = bool(self.past or self.present)
+        return self.mapped and self.norm is None and self.rotary is None and not cached
 
     def keep_heads(self, query_heads: tuple[int, ...]) -> Projection:
         """The operand for only these query heads, with heads nobody reads cut away where weights are known."""
         used = [self.head_of[h] for h in query_heads]
-        if not self.mapped or self.past:
+        if not self.mapped or self.past or self.present:
             return replace(self, head_of=tuple(used))
         assert self.weight_CGD is not None
         left = sorted(set(used))

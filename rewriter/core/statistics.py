@@ -1,13 +1,15 @@
 """Statistics of one sub-block: Gram matrices in float64, all that a calibrated pass may look at.
 
 Computed by `rewriter.calibration` in one streamed pass (float32 products of at most 4,096 tokens, accumulated in
-float64); padding tokens never enter. Notation as in `rewriter.core.site`; the target T is what
+float64); padding tokens never enter. Statistics compare by identity, so that passes may remember what they
+derived from one object. Notation as in `rewriter.core.site`; the target T is what
 the output of the block should be.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 Array64 = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Regression:
     """Sufficient statistics of ``[features | 1] -> target``: what any re-solve of an output projection needs.
 
@@ -37,31 +39,75 @@ class Regression:
         kept = [*(int(c) for c in columns), self.gram.shape[0] - 1]
         return Regression(self.gram[np.ix_(kept, kept)], self.cross[kept], self.energy, self.tokens)
 
+    @property
+    def spread(self) -> float:
+        """``||target - mean(target)||^2``: what a constant alone would lose."""
+        total = self.cross[-1]
+        return float(self.energy - total @ total / max(self.tokens, 1))
+
+    def loss_share(self, weight: Array64) -> float:
+        """The loss as a share of `spread`, corrected for fitting `weight` on these very tokens.
+
+        The factor ``1 / (1 - columns / tokens)^2`` is generalised cross-validation (Golub, Heath and Wahba 1979); it
+        makes small and large samples comparable. Infinite when there are too few tokens to say anything.
+        """
+        room = 1.0 - self.gram.shape[0] / max(self.tokens, 1)
+        if room <= 0.0 or self.spread <= 0.0:
+            return float("inf")
+        return max(self.loss(weight), 0.0) / self.spread / room**2
+
+    def map(self, features: NDArray[Any]) -> Regression:
+        """The regression of features changed linearly: `features` is (F, F') or, if one-dimensional, picks columns."""
+        if features.ndim == 1:
+            return self.select([int(c) for c in features])
+        matrix = np.zeros((features.shape[0] + 1, features.shape[1] + 1))
+        matrix[:-1, :-1] = features
+        matrix[-1, -1] = 1.0
+        return Regression(matrix.T @ self.gram @ matrix, matrix.T @ self.cross, self.energy, self.tokens)
+
     def __add__(self, other: Regression) -> Regression:
         return Regression(
             self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.tokens + other.tokens
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionStatistics:
     """Of one attention site.
 
     `query_HDD` and `key_GDD` are per-head Grams of queries and of keys minus the mean over the valid keys of their own
     sequence (softmax does not see row shifts); `features` regresses the concatenated head results (H*D columns, head
-    major) onto the block's output; `example` counts tokens.
+    major) onto the block's output.
     """
 
     query_HDD: Array64
     key_GDD: Array64
     features: Regression
 
+    @property
+    def regression(self) -> Regression:
+        """What the output projection is fitted on."""
+        return self.features
 
-@dataclass(frozen=True)
+    def with_regression(self, regression: Regression) -> AttentionStatistics:
+        """The same Grams of queries and keys, other features."""
+        return replace(self, features=regression)
+
+
+@dataclass(frozen=True, eq=False)
 class FeedForwardStatistics:
     """Of one feed-forward site: the hidden activations (after nonlinearity and gate) regressed onto the output."""
 
     hidden: Regression
+
+    @property
+    def regression(self) -> Regression:
+        """What the output projection is fitted on."""
+        return self.hidden
+
+    def with_regression(self, regression: Regression) -> FeedForwardStatistics:
+        """Other hidden activations."""
+        return FeedForwardStatistics(regression)
 
 
 Statistics = AttentionStatistics | FeedForwardStatistics

@@ -1,0 +1,307 @@
+"""A site evaluated in float64 numpy straight from its definition, and seeded sites to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.core.rewrite import output_weights
+from rewriter.core.site import (
+    AttentionSite,
+    FeedForwardSite,
+    HeadNorm,
+    OutputProjection,
+    Projection,
+    Rotary,
+    ScoreBias,
+    Site,
+    State,
+)
+from rewriter.core.statistics import AttentionStatistics, FeedForwardStatistics, Regression, Statistics
+from rewriter.core.target import Target
+
+Float = NDArray[np.float64]
+Values = Mapping[str, NDArray[np.generic]]
+
+TARGET = Target("llvm", "test", "generic", "x86_64", 2, 1, 8, 16, 32768, 1 << 20, 1 << 25)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A site with the graph values it refers to; `valid_BS` says which tokens are no padding."""
+
+    site: Site
+    values: Values
+    valid_BS: NDArray[np.bool_]
+
+
+def features(site: Site, values: Values) -> Float:
+    """The input of the output projection, (B, S, F)."""
+    if isinstance(site, FeedForwardSite):
+        return _hidden(site, values)
+    query, key, value = (operand(part, values) for part in (site.query, site.key, site.value))
+    query, key, value = (
+        query[:, list(site.query.head_of)],
+        key[:, list(site.key.head_of)],
+        value[:, list(site.value.head_of)],
+    )
+    logits = np.einsum("bhsd,bhtd->bhst", query, key) * site.scale
+    if site.softcap:
+        logits = site.softcap * np.tanh(logits / site.softcap)
+    probabilities = _softmax(logits + score_bias(site, values, logits.shape), site.empty_rows)
+    mixed = np.einsum("bhst,bhtd->bshd", probabilities, value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def output(site: Site, values: Values) -> Float:
+    """The block's output, (B, S, C)."""
+    weights = output_weights(site)
+    return features(site, values) @ weights[:-1] + weights[-1]
+
+
+def operand(part: Projection, values: Values) -> Float:
+    """One operand of the attention, (B, G, S, D)."""
+    assert part.weight_CGD is not None
+    source = np.asarray(values[part.source], np.float64)
+    result = np.einsum("bsc,cgd->bgsd", source, part.weight_CGD.astype(np.float64))
+    if part.bias_GD is not None:
+        result = result + part.bias_GD.astype(np.float64)[:, None, :]
+    if part.norm is not None:
+        result = _norm(result, part.norm)
+    return result if part.rotary is None else _rotate(result, part.rotary, values)
+
+
+def score_bias(site: AttentionSite, values: Values, shape: tuple[int, ...]) -> Float:
+    """What is added to the scores, broadcast to (B, H, S, T)."""
+    if site.bias.kind == "none":
+        return np.zeros(shape)
+    raw = np.asarray(values[site.bias.value])
+    added = np.where(raw, 0.0, -np.inf) if site.bias.kind == "bool" else raw.astype(np.float64)
+    if site.bias.keep is not None:
+        added = added[:, list(site.bias.keep)]
+    return np.broadcast_to(added, shape)
+
+
+def statistics(site: Site, case: Case, target_BSC: Float | None = None) -> Statistics:
+    """Statistics of a site on a case; the target is the site's own output unless given."""
+    rows = features(site, case.values)[case.valid_BS]
+    target = (output(case.site, case.values) if target_BSC is None else target_BSC)[case.valid_BS]
+    regression = regress(rows, target)
+    if isinstance(site, FeedForwardSite):
+        return FeedForwardStatistics(regression)
+    query = operand(site.query, case.values)[:, list(site.query.head_of)].transpose(1, 0, 2, 3)[:, case.valid_BS]
+    key = centred_keys(site, case)
+    return AttentionStatistics(query.transpose(0, 2, 1) @ query, key.transpose(0, 2, 1) @ key, regression)
+
+
+def centred_keys(site: AttentionSite, case: Case) -> Float:
+    """Keys minus their mean over the valid keys of their sequence, (G, valid tokens, D)."""
+    key = operand(site.key, case.values)
+    weight = case.valid_BS[:, None, :, None].astype(np.float64)
+    mean = (key * weight).sum(axis=2, keepdims=True) / weight.sum(axis=2, keepdims=True)
+    return (key - mean).transpose(1, 0, 2, 3)[:, case.valid_BS]
+
+
+def regress(rows: Float, target: Float) -> Regression:
+    """One-shot float64 statistics of ``[rows | 1] -> target``."""
+    wide = np.hstack([rows, np.ones((len(rows), 1))])
+    return Regression(wide.T @ wide, wide.T @ target, float(np.sum(target**2)), len(rows))
+
+
+def relative_error(site: Site, case: Case) -> float:
+    """``||rewritten - original||^2 / ||original - mean||^2`` over valid tokens."""
+    before = output(case.site, case.values)[case.valid_BS]
+    after = output(site, case.values)[case.valid_BS]
+    return float(np.sum((after - before) ** 2) / np.sum((before - before.mean(axis=0)) ** 2))
+
+
+def _softmax(logits: Float, empty_rows: str) -> Float:
+    top = np.max(logits, axis=-1, keepdims=True)
+    if empty_rows == "zero":
+        top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(invalid="ignore"):
+        raised = np.exp(logits - top)
+    total = raised.sum(axis=-1, keepdims=True)
+    return raised / np.where(total == 0.0, 1.0, total) if empty_rows == "zero" else raised / total
+
+
+def _norm(x: Float, norm: HeadNorm) -> Float:
+    centre = x.mean(axis=-1, keepdims=True) if norm.kind == "layer" else 0.0
+    scale = np.sqrt(np.mean((x - centre) ** 2, axis=-1, keepdims=True) + norm.epsilon)
+    return (x - centre) / scale * norm.gain_D + (0.0 if norm.bias_D is None else norm.bias_D)
+
+
+def _rotate(x: Float, rotary: Rotary, values: Values) -> Float:
+    turned, rest = x[..., : rotary.size], x[..., rotary.size :]
+    if rotary.interleaved:
+        other = np.stack([-turned[..., 1::2], turned[..., ::2]], axis=-1).reshape(turned.shape)
+    else:
+        half = rotary.size // 2
+        other = np.concatenate([-turned[..., half:], turned[..., :half]], axis=-1)
+    cos, sin = values[rotary.cos], values[rotary.sin]
+    return np.concatenate([turned * cos + rotary.sign * other * sin, rest], axis=-1)
+
+
+def _hidden(site: FeedForwardSite, values: Values) -> Float:
+    source = np.asarray(values[site.source], np.float64)
+    up = source @ site.up_CF + (0.0 if site.up_bias_F is None else site.up_bias_F)
+    acts = {
+        "relu": lambda x: np.maximum(x, 0.0),
+        "silu": lambda x: x / (1.0 + np.exp(-x)),
+        "tanh": np.tanh,
+        "identity": lambda x: x,
+    }
+    hidden = acts[site.activation](up)
+    if site.gate_CF is None:
+        return hidden
+    return hidden * (source @ site.gate_CF + (0.0 if site.gate_bias_F is None else site.gate_bias_F))
+
+
+def correlated(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
+    """Tokens whose channels share a few strong directions and have a mean, as activations do."""
+    width = shape[-1]
+    mixing = rng.normal(size=(width, width)) * (0.75 ** np.arange(width))[:, None]
+    return rng.normal(size=shape) @ mixing + rng.normal(size=width)
+
+
+def attention_case(
+    seed: int,
+    heads: int = 4,
+    kv_heads: int = 4,
+    dim: int = 8,
+    width: int = 24,
+    batch: int = 12,
+    tokens: int = 14,
+    mask: str = "padding",
+    rotary: bool = False,
+    norm: bool = False,
+    softcap: float = 0.0,
+    empty_rows: str = "nan",
+    biases: bool = True,
+    dtype: type = np.float64,
+) -> Case:
+    """A seeded attention over correlated tokens; heads partly repeat each other, as in trained models."""
+    rng = np.random.default_rng(seed)
+    values: dict[str, NDArray[np.generic]] = {"x": correlated(rng, (batch, tokens, width))}
+    lengths = rng.integers(tokens // 2, tokens + 1, batch)
+    valid = (
+        np.arange(tokens)[None] < lengths[:, None] if mask in ("padding", "bool") else np.ones((batch, tokens), bool)
+    )
+    bias = _mask(mask, valid, heads, rng, values)
+    turn = _tables(tokens, dim, values) if rotary else None
+
+    def projection(count: int) -> Projection:
+        shared = rng.normal(size=(width, 1, dim))
+        weight = (0.6 * shared + 0.8 * rng.normal(size=(width, count, dim))) * 0.5 / np.sqrt(width)
+        gain = rng.uniform(0.5, 1.5, dim).astype(dtype)
+        return (
+            Projection(
+                source="x",
+                weight_CGD=weight.astype(dtype),
+                bias_GD=rng.normal(size=(count, dim)).astype(dtype) if biases else None,
+                head_of=tuple(h * count // heads for h in range(heads)),
+            )
+            if not norm
+            else Projection(
+                source="x",
+                weight_CGD=weight.astype(dtype),
+                head_of=tuple(h * count // heads for h in range(heads)),
+                norm=HeadNorm("rms", gain, None, 1e-6),
+            )
+        )
+
+    query, key, value = projection(heads), projection(kv_heads), projection(kv_heads)
+    if turn is not None:
+        query, key = _with_rotary(query, turn), _with_rotary(key, turn)
+    if norm:
+        value = Projection(source="x", weight_CGD=value.weight_CGD, head_of=value.head_of)
+    out = OutputProjection(
+        "y",
+        (rng.normal(size=(heads, dim, width)) / np.sqrt(heads * dim)).astype(dtype),
+        rng.normal(size=width).astype(dtype) if biases else None,
+    )
+    site = AttentionSite(
+        id="layers.0.attention",
+        query=query,
+        key=key,
+        value=value,
+        output=out,
+        heads=heads,
+        scale=1.0 / np.sqrt(dim),
+        softcap=softcap,
+        bias=bias,
+        empty_rows="zero" if empty_rows == "zero" else "nan",
+        state=State.LOWERABLE,
+    )
+    return Case(site, values, valid)
+
+
+def _with_rotary(part: Projection, turn: Rotary) -> Projection:
+    return Projection(
+        source=part.source,
+        weight_CGD=part.weight_CGD,
+        bias_GD=part.bias_GD,
+        head_of=part.head_of,
+        norm=part.norm,
+        rotary=turn,
+    )
+
+
+def _tables(tokens: int, dim: int, values: dict[str, NDArray[np.generic]]) -> Rotary:
+    angles = np.arange(tokens)[:, None] * 10.0 ** (-np.arange(dim // 2) / 2.0)
+    values["cos"], values["sin"] = (np.tile(f(angles), (1, 2)) for f in (np.cos, np.sin))
+    return Rotary("cos", "sin", dim, interleaved=False)
+
+
+def _mask(
+    kind: str, valid: NDArray[np.bool_], heads: int, rng: np.random.Generator, values: dict[str, NDArray[np.generic]]
+) -> ScoreBias:
+    batch, tokens = valid.shape
+    allowed = np.broadcast_to(valid[:, None, None, :], (batch, 1, tokens, tokens))
+    if kind == "none":
+        return ScoreBias()
+    if kind == "bool":
+        values["mask"] = allowed
+        return ScoreBias("bool", "mask")
+    if kind == "empty":
+        values["mask"] = np.where(rng.random((batch, 1, tokens, 1)) < 0.3, -np.inf, np.zeros((1, 1, 1, tokens)))
+    elif kind == "heads":
+        values["mask"] = rng.normal(size=(1, heads, tokens, tokens))
+        return ScoreBias("value", "mask", heads_axis=heads)
+    elif kind == "causal":
+        values["mask"] = np.where(np.tril(np.ones((tokens, tokens), bool)), 0.0, -np.inf)[None, None]
+    else:
+        values["mask"] = np.where(allowed, 0.0, -3.4e38)
+    return ScoreBias("value", "mask")
+
+
+def feed_forward_case(
+    seed: int,
+    hidden: int = 64,
+    width: int = 16,
+    gated: bool = False,
+    activation: str = "relu",
+    batch: int = 20,
+    tokens: int = 16,
+    dtype: type = np.float64,
+) -> Case:
+    """A seeded feed-forward over correlated tokens; some units are idle, as in trained models."""
+    rng = np.random.default_rng(seed)
+    spread = (0.97 ** np.arange(hidden))[rng.permutation(hidden)]
+    site = FeedForwardSite(
+        id="layers.0.feed_forward",
+        source="x",
+        up_CF=(rng.normal(size=(width, hidden)) / np.sqrt(width)).astype(dtype),
+        up_bias_F=rng.normal(size=hidden).astype(dtype),
+        down_FC=(rng.normal(size=(hidden, width)) * spread[:, None] / np.sqrt(hidden)).astype(dtype),
+        down_bias_C=rng.normal(size=width).astype(dtype),
+        output="y",
+        activation=activation,
+        gate_CF=(rng.normal(size=(width, hidden)) / np.sqrt(width)).astype(dtype) if gated else None,
+        gate_bias_F=rng.normal(size=hidden).astype(dtype) if gated else None,
+        state=State.LOWERABLE,
+    )
+    return Case(site, {"x": correlated(rng, (batch, tokens, width))}, np.ones((batch, tokens), bool))
