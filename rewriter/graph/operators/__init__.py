@@ -10,10 +10,12 @@ from rewriter.graph.operators import (
     indexing,
     linear,
     microsoft,
+    microsoft_attention,
     movement,
     normalisation,
     quantised,
     reductions,
+    resize,
     shapes,
 )
 
@@ -27,9 +29,11 @@ __all__ = [
     "indexing",
     "linear",
     "microsoft",
+    "microsoft_attention",
     "movement",
     "normalisation",
     "quantised",
     "reductions",
+    "resize",
     "shapes",
 ]
