@@ -187,7 +187,7 @@ def _inspect(words: Sequence[str]) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parsed = parser.parse_args(list(words))
-    from rewriter.pipeline import inspect
+    from rewriter.inspection import inspect
     from rewriter.report.tables import inspection_table
 
     found = inspect(parsed.model)
@@ -205,8 +205,8 @@ def _scan(words: Sequence[str]) -> int:
     parser.add_argument("--threads", default="1")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parsed = parser.parse_args(list(words))
-    from rewriter.pipeline import scan
     from rewriter.report.tables import scan_table
+    from rewriter.scanning import scan
 
     options = Options(
         target=parsed.target,
@@ -227,8 +227,8 @@ def _verify(words: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parsed = parser.parse_args(list(words))
-    from rewriter.pipeline import verify
     from rewriter.report.tables import verification_table
+    from rewriter.verification import verify
 
     found = verify(parsed.folder, parsed.against, parsed.data)
     print(json.dumps(found, indent=2) if parsed.json else verification_table(found))
@@ -239,10 +239,11 @@ def _doctor(words: Sequence[str]) -> int:
     parser = _Parser(prog="optimize doctor", description="Is everything here that the optimizer needs?")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parsed = parser.parse_args(list(words))
-    from rewriter.pipeline import doctor
+    from rewriter.doctor import examine
     from rewriter.report.tables import doctor_table
+    from rewriter.search.session import default_cache
 
-    found = doctor()
+    found = examine(default_cache())
     print(json.dumps(found, indent=2) if parsed.json else doctor_table(found))
     return int(ExitCode.DONE if found["ok"] else ExitCode.BAD_INPUT)
 

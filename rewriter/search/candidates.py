@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 
 from rewriter.core.option import Option
 from rewriter.core.options import Effort
-from rewriter.core.rewrite import Pass
 from rewriter.core.site import Recognition, Site, State
 from rewriter.core.target import Target
 from rewriter.search.problem import Options
+from rewriter.search.selection import Selection
 
 # Levels per pass, by effort, when the pass stands alone at its site and when several meet there.
 _LEVELS_ALONE: Mapping[Effort, int] = {"quick": 6, "normal": 10, "thorough": 24}
 _LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 2, "normal": 4, "thorough": 8}
 
 
-def candidates(site: Site, passes: Sequence[Pass], target: Target, effort: Effort) -> tuple[Options, ...]:
+def candidates(site: Site, selection: Selection, target: Target, effort: Effort) -> tuple[Options, ...]:
     """Combinations of calibrated options at this site, the empty one first; options in the order of application."""
     ladders = []
-    applicable = [p for p in sorted(passes, key=lambda p: p.order) if p.kind == "calibrated"]
-    offered = [levels for p in applicable if (levels := p.options(site, target))]
+    applicable = [one for one in selection.passes.values() if one.kind == "calibrated"]
+    offered = [levels for one in applicable if (levels := selection.options(one, site, target))]
     count = (_LEVELS_ALONE if len(offered) < 2 else _LEVELS_TOGETHER)[effort]
     for levels in offered:
         ladders.append(((), *((option,) for option in thin(levels, count))))
@@ -43,24 +43,24 @@ def thin(levels: Sequence[Option], count: int) -> tuple[Option, ...]:
 
 
 def all_candidates(
-    recognition: Recognition, passes: Sequence[Pass], target: Target, effort: Effort
+    recognition: Recognition, selection: Selection, target: Target, effort: Effort
 ) -> dict[str, tuple[Options, ...]]:
     """Candidates of every site that may be rewritten, by site, in data-flow order."""
     return {
         site.id: found
         for site in recognition.sites
-        if site.state is State.LOWERABLE and len(found := candidates(site, passes, target, effort)) > 1
+        if site.state is State.LOWERABLE and len(found := candidates(site, selection, target, effort)) > 1
     }
 
 
-def exact_options(recognition: Recognition, passes: Sequence[Pass], target: Target) -> dict[str, Options]:
+def exact_options(recognition: Recognition, selection: Selection, target: Target) -> dict[str, Options]:
     """The exact options of every lowerable site: taken together, they are the exact variant."""
     found: dict[str, Options] = {}
     for site in recognition.sites:
         if site.state is not State.LOWERABLE:
             continue
-        exact = [p for p in sorted(passes, key=lambda p: p.order) if p.kind == "exact"]
-        options = tuple(option for p in exact for option in p.options(site, target))
+        exact = [one for one in selection.passes.values() if one.kind == "exact"]
+        options = tuple(option for one in exact for option in selection.options(one, site, target))
         if options:
             found[site.id] = options
     return found

@@ -9,7 +9,7 @@ of the model would save.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Chain:
 
 def signature(site: Site, piece: Fragment, values: Values) -> str:
     """What the latency of a sub-block depends on, as text: sizes, structure and dtypes, never weights or names."""
-    reads = [[list(values[name].shape), str(values[name].dtype)] for name in outside(piece)]
+    reads = [[list(values[name].shape), str(values[name].dtype)] for name in piece.reads()]
     facts: dict[str, Any] = {"reads": sorted(map(json.dumps, reads))}
     if isinstance(site, AttentionSite):
         facts |= {
@@ -68,13 +68,6 @@ def _operand_facts(operand: Projection) -> list[Any]:
     shape = [operand.heads, operand.dim] if weight is None else list(weight.shape)
     extras = [operand.bias_GD is not None, operand.norm is not None, operand.rotary is not None, bool(operand.past)]
     return [*shape, *extras, list(operand.head_of)]
-
-
-def outside(piece: Fragment) -> list[str]:
-    """Names of the values a fragment reads without making them itself."""
-    made = {value.name for node in piece.nodes for value in node.outputs} | set(piece.constants)
-    read = (value.name for node in piece.nodes for value in node.inputs if value is not None and value.name)
-    return [name for name in dict.fromkeys(read) if name not in made]
 
 
 def build_chain(graph: OnnxGraph, site: Site, piece: Fragment, values: Values, copies: int = 8) -> Chain:
@@ -158,7 +151,7 @@ class _ChainBuilder:
     def join(self, index: int, before: ir.Value, made: ir.Value, width: int) -> ir.Value:
         """Residual addition and norm around a sub-block."""
         total, normed = ir.Value(name=f"join{index}/sum"), ir.Value(name=f"join{index}/norm")
-        dtype = self.values[before.name].dtype if before.name in self.values else np.dtype(np.float32)
+        dtype = np.dtype(np.float32) if before.dtype is None else before.dtype.numpy()
         gain = self.constant(f"join{index}/gain", np.ones(width, dtype))
         shift = self.constant(f"join{index}/shift", np.zeros(width, dtype))
         self.nodes.append(ir.Node("", "Add", [before, made], outputs=[total]))
@@ -166,7 +159,7 @@ class _ChainBuilder:
         self.nodes.append(ir.Node("", "LayerNormalization", [total, gain, shift], attributes, outputs=[normed]))
         return normed
 
-    def graph(self, outputs: list[ir.Value | None], like: OnnxGraph) -> OnnxGraph:
+    def graph(self, outputs: Sequence[ir.Value | None], like: OnnxGraph) -> OnnxGraph:
         kept = [value for value in outputs if value is not None]
         graph = ir.Graph(
             list(self.inputs.values()), kept, nodes=self.nodes, initializers=self.initializers,

@@ -87,7 +87,7 @@ class CostTable:
             base = base or bootstrap_median(per_copy[0].tolist())
             for name, own in zip(group, per_copy, strict=True):
                 ratio = bootstrap_median((own / per_copy[0]).tolist())
-                scaled = Interval(*(base.median * r for r in (ratio.median, ratio.low, ratio.high)))
+                scaled = Interval(base.median * ratio.median, base.median * ratio.low, base.median * ratio.high)
                 found[name] = base if name == reference else scaled
                 self._keep(name, found[name])
             if advance:

@@ -1,0 +1,99 @@
+"""Everything a search works with: the model and its sites, the data in three splits, the target, the caches."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from rewriter.accuracy.splits import Splits
+from rewriter.core.errors import ModelError, OptionError
+from rewriter.core.options import Options
+from rewriter.core.progress import Progress
+from rewriter.core.site import Recognition, State
+from rewriter.core.target import Target
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.runtimes import jobs
+from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.search.selection import Selection
+from rewriter.search.workload import Workload
+
+TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
+ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
+ONNXRUNTIME_INT8 = "rewriter.runtimes.onnxruntime:OnnxRuntimeInt8"
+
+_BUILD_LIMIT_S = 300.0
+
+
+@dataclass
+class Session:
+    """One run. `folder` is scratch space that goes away with it; `cache` stays."""
+
+    options: Options
+    progress: Progress
+    graph: OnnxGraph
+    recognition: Recognition
+    selection: Selection
+    target: Target
+    workload: Workload
+    splits: Splits | None
+    cache: Path
+    folder: Path
+    builder: Worker
+    variants_timed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lowerable(self) -> tuple[Any, ...]:
+        """The sites that may be rewritten."""
+        return tuple(site for site in self.recognition.sites if site.state is State.LOWERABLE)
+
+    def build(
+        self, graph: OnnxGraph, name: str, runtime: str = TVM, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Path:
+        """Build an artifact in a guarded worker; raises `ModelError` when the engine fails on this graph."""
+        saved = graph.save(self.folder / f"{name}.onnx")
+        wanted = self.workload.shapes if shapes is None else shapes
+        place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
+        built = self.builder.call(
+            f"{jobs.__name__}:build", runtime, saved, dict(wanted), place, self.target, timeout_s=_BUILD_LIMIT_S
+        )
+        if isinstance(built, WorkerFailure):
+            raise ModelError(f"building {name} with {runtime.rpartition(':')[2]} failed: {built}", "See optimize.log")
+        return Path(built)
+
+
+def default_cache() -> Path:
+    """Where measurements and builds are kept unless ``--cache-dir`` says otherwise."""
+    return platformdirs.user_cache_path("attention-rewriter")
+
+
+@contextmanager
+def scratch(cache: Path) -> Iterator[Path]:
+    """A folder below the cache that is removed afterwards, whatever happens."""
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=cache))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_precision(options: Options) -> list[str]:
+    """Raise `OptionError` for number formats this version cannot produce; otherwise remarks for the report."""
+    if options.precision in ("bf16", "int8"):
+        raise OptionError(
+            f"--precision {options.precision} is not available in this version", "Use --precision fp32 or any"
+        )
+    return ["--precision any: this version produces fp32 only"] if options.precision == "any" else []
+
+
+Outputs = Mapping[str, NDArray[np.generic]]

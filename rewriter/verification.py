@@ -1,0 +1,128 @@
+"""`optimize verify`: does a folder hold what its report says, and does it still match the original?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.accuracy.metrics import choose_metric
+from rewriter.calibration.data import load_data
+from rewriter.calibration.draw import draw_inputs
+from rewriter.core.errors import ModelError
+from rewriter.core.options import MaxDrop
+from rewriter.graph.interpreter import Interpreter
+from rewriter.graph.onnx import OnnxGraph, load
+from rewriter.graph.ranges import integer_ranges
+
+Feeds = dict[str, NDArray[Any]]
+
+_SAMPLES = 256
+_TVM_TOLERANCE = 1e-3  # of the largest output: fp32 kernels sum in another order than the model's own operators
+
+
+def verify(folder: Path, against: Path, data: Path | None = None) -> dict[str, Any]:
+    """``{"ok": bool, "checks": [{"check", "ok", "detail"}]}``. Raises `ModelError` if the folder is not one of ours."""
+    report_file = folder / "report.json"
+    if not report_file.is_file():
+        raise ModelError(f"{folder} has no report.json", "Name a folder that `optimize -o` wrote")
+    try:
+        report = json.loads(report_file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{report_file} is damaged: {error}", "Run optimize again") from None
+    original, best = load(against), load(folder / "model.onnx")
+    checks = [
+        _identity(original, report),
+        _interface(original, best),
+        _shared_library(folder),
+        *_outputs(original, best, folder, report, data),
+    ]
+    return {"ok": all(check["ok"] for check in checks), "checks": checks}
+
+
+def _check(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"check": name, "ok": bool(ok), "detail": detail}
+
+
+def _identity(original: OnnxGraph, report: dict[str, Any]) -> dict[str, Any]:
+    same = original.fingerprint() == report["model"]["fingerprint"]
+    return _check("original", same, "the model the report was made for" if same else "another model than in the report")
+
+
+def _interface(original: OnnxGraph, best: OnnxGraph) -> dict[str, Any]:
+    before, after = (tuple(map(str, (*g.inputs, *g.outputs))) for g in (original, best))
+    detail = "same names, dtypes and shapes" if before == after else f"{before} became {after}"
+    return _check("inputs and outputs", before == after, detail)
+
+
+def _shared_library(folder: Path) -> dict[str, Any]:
+    facts = folder / "model.json"
+    if not facts.is_file():
+        return _check("model.so", True, "no TVM build in this folder")
+    claimed = json.loads(facts.read_text()).get("library_sha256")
+    found = hashlib.sha256((folder / "model.so").read_bytes()).hexdigest()
+    return _check("model.so", claimed == found, "hash agrees" if claimed == found else "hash differs: rebuild it")
+
+
+def _outputs(
+    original: OnnxGraph, best: OnnxGraph, folder: Path, report: dict[str, Any], data: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Compare outputs on data (or drawn inputs): the metric for the ONNX file, agreement of the TVM build with it."""
+    inputs, labels = _inputs(original, report, data)
+    wanted, found = (_run(graph, inputs) for graph in (original, best))
+    if report["metric"] is None or data is None:
+        worst = _difference(wanted, found)
+        exact = report["metric"] is None
+        limit = 1e-3 if exact else float("inf")
+        yield _check("model.onnx", worst <= limit, f"largest relative difference {worst:.1e} from the original")
+    else:
+        metric = choose_metric(report["metric"]["name"], wanted, labels)
+        drop = metric.paired(wanted, found, labels).drop
+        allowed = MaxDrop.parse(report["metric"]["max_drop"])
+        ok = drop <= allowed.fraction
+        yield _check(
+            "model.onnx",
+            ok,
+            f"{metric.name} drop {100 * drop:.3f} points on {_rows(inputs)} samples, {allowed} allowed",
+        )
+    if (folder / "model.so").is_file():
+        from rewriter.runtimes.tvm.load import load as load_artifact
+
+        first = {name: array[:1] for name, array in inputs.items()}
+        worst = _difference(_run(best, first), load_artifact(folder).run(first))
+        yield _check("model.so", worst <= _TVM_TOLERANCE, f"largest relative difference {worst:.1e} from model.onnx")
+
+
+def _inputs(original: OnnxGraph, report: dict[str, Any], data: Path | None) -> tuple[Feeds, NDArray[np.int64] | None]:
+    if data is None:
+        shapes = {name: tuple(shape) for name, shape in report["shapes"].items()}
+        return draw_inputs(original.inputs, shapes, integer_ranges(original)), None
+    dataset = load_data(data, original.inputs)
+    rows = np.random.default_rng(0).permutation(len(dataset))[:_SAMPLES]
+    subset = dataset.subset(rows)
+    return dict(subset.inputs), subset.labels
+
+
+def _run(graph: OnnxGraph, inputs: Feeds) -> dict[str, NDArray[Any]]:
+    return {name: value.numpy() for name, value in Interpreter(graph).run(inputs).items()}
+
+
+def _difference(wanted: dict[str, NDArray[Any]], found: dict[str, NDArray[Any]]) -> float:
+    worst = 0.0
+    for name, array in wanted.items():
+        other = found[name]
+        if array.shape != other.shape or not np.array_equal(np.isfinite(array), np.isfinite(other)):
+            return float("inf")
+        if array.dtype.kind == "f" and array.size:
+            scale = max(float(np.abs(np.nan_to_num(array)).max()), 1e-12)
+            worst = max(worst, float(np.abs(np.nan_to_num(array) - np.nan_to_num(other)).max()) / scale)
+    return worst
+
+
+def _rows(inputs: Feeds) -> int:
+    return len(next(iter(inputs.values())))
