@@ -8,14 +8,21 @@ from enum import StrEnum
 
 import numpy as np
 
+# The range of n values covers their median with probability 1 - 2^(1 - n): no 95 % interval exists below 6.
+ENOUGH_BLOCKS = 6
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A median with a two-sided bootstrap interval. The unit is in the name of the field that holds it."""
+    """A median with a two-sided bootstrap interval. The unit is in the name of the field that holds it.
+
+    `samples` says how many values it comes from; 0 when it was not computed from values here.
+    """
 
     median: float
     low: float
     high: float
+    samples: int = field(default=0, compare=False)
 
     def as_dict(self) -> dict[str, float]:
         """For reports."""
@@ -60,7 +67,7 @@ def bootstrap_median(values: Sequence[float], confidence: float = 0.95, draws: i
     medians = np.median(array[rng.integers(0, array.size, (draws, array.size))], axis=1)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(medians, [tail, 1.0 - tail])
-    return Interval(float(np.median(array)), float(low), float(high))
+    return Interval(float(np.median(array)), float(low), float(high), int(array.size))
 
 
 def speedup(baseline: Measurement, candidate: Measurement, confidence: float = 0.95) -> Interval:
@@ -70,7 +77,12 @@ def speedup(baseline: Measurement, candidate: Measurement, confidence: float = 0
 
 
 def decide(ratio: Interval, margin: float = 0.0) -> Decision:
-    """FASTER only if the whole interval lies above 1 + margin; SLOWER only if all of it lies below 1."""
+    """FASTER only if the whole interval lies above 1 + margin; SLOWER only if all of it lies below 1.
+
+    Fewer samples than an interval needs decide nothing, however narrow it looks.
+    """
+    if 0 < ratio.samples < ENOUGH_BLOCKS:
+        return Decision.INCONCLUSIVE
     if ratio.low > 1.0 + margin:
         return Decision.FASTER
     return Decision.SLOWER if ratio.high < 1.0 else Decision.INCONCLUSIVE

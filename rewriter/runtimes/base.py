@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
 from rewriter.core.refusal import Refusal
@@ -25,7 +24,7 @@ class Executable(Protocol):
         ...
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
-        """One run on these inputs, as often as it is called, with no conversion or copy of inputs inside: what is timed."""
+        """What is timed: a function that runs on these inputs whenever it is called, converting and copying none."""
         ...
 
 

@@ -62,7 +62,7 @@ def main(settings: dict[str, Any]) -> None:
         answer = _answer(requests.get())
         try:
             payload = ForkingPickler.dumps(answer)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever pickling raises, the parent is told
             payload = ForkingPickler.dumps(_failed("error", error))
         connection.send_bytes(payload)
 
@@ -80,7 +80,7 @@ def _prepare(settings: dict[str, Any]) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process with the parent's main thread, even while native code keeps Python from looking."""
+    """Ask Linux to kill this process with the parent's main thread, also while native code holds the interpreter."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
@@ -90,7 +90,7 @@ def _die_with(parent: int) -> None:
 
 
 def _limit_memory(limit_bytes: int) -> None:
-    """Bound private writable memory. Address space would be the wrong thing to bound: runtimes reserve without using."""
+    """Bound private writable memory, not address space, which runtimes reserve without using it."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -123,7 +123,7 @@ def _answer(request: bytes) -> Answer:
         return Answer("user", error, traceback=traceback.format_exc())
     except MemoryError as error:
         return _failed("memory", error)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a fault of the function is an answer, with its traceback
         return _failed("error", error)
 
 

@@ -2,9 +2,10 @@
 
 A child is a fresh interpreter (``python -c`` with a two-line start), not a `multiprocessing.Process`: spawning through
 multiprocessing runs the parent's ``__main__`` again, which is wrong when that is a script without a guard, a
-console entry point or a test runner, and it starts a resource tracker that outlives a killed parent. Forking is no choice:
-after torch, TVM or CUDA have run in the parent the child hangs. The child gets the parent's ``sys.path``, its thread
-counts in the environment before anything numerical is imported, and one end of a socket pair; a closed socket ends it.
+console entry point or a test runner, and it starts a resource tracker that outlives a killed parent. Forking is no
+choice: after torch, TVM or CUDA have run in the parent the child hangs. The child gets the parent's ``sys.path``, its
+thread counts in the environment before anything numerical is imported, and one end of a socket pair; a closed socket
+ends it.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ class Worker:
     def _unpack(self, received: bytes) -> Any:
         try:
             answer: Answer = ForkingPickler.loads(received)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - recorded: a result that cannot be read is the child's fault
             return WorkerFailure("error", f"{self.name} sent a result that cannot be read: {error}")
         if answer.kind == "value":
             return answer.value

@@ -1,0 +1,187 @@
+"""Several subjects timed against each other: short blocks in turn, one process each, until the ratios are known.
+
+Times of one subject drift with the machine by tens of percent; ratios of blocks taken one after the other do
+not. So nothing is ever compared across races, and the result of a race is its ratios, with bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from rewriter.core.measurement import ENOUGH_BLOCKS, Interval, Measurement, speedup
+from rewriter.measurement import environment
+from rewriter.measurement.bench import Bench, Subject, WorkerBench
+from rewriter.runtimes.workers import WorkerFailure
+
+Stopped = Literal["narrow", "rounds", "budget", "nothing left"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How long a race goes on.
+
+    It stops after at least `least_rounds` once every ratio to the first subject is known to ``± margin`` of itself,
+    and at the latest after `most_rounds`, or `budget_s` once there are enough blocks for an interval. A block lasts about
+    `block_s`; the first `warm_rounds` rounds and the first `warm_up_runs` of each block do not count.
+    """
+
+    least_rounds: int = 10
+    most_rounds: int = 100
+    budget_s: float = 60.0
+    margin: float = 0.01
+    block_s: float = 0.1
+    warm_rounds: int = 1
+    warm_up_runs: int = 1
+    most_runs: int = 500
+    timeout_s: float = 120.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a race stands: for a line on the screen. `widest` is the half width of the least certain ratio."""
+
+    round: int
+    most_rounds: int
+    elapsed_s: float
+    widest: float
+
+
+@dataclass(frozen=True)
+class RaceResult(Mapping[str, Measurement]):
+    """Measurements by subject. A subject that failed is in `failures` instead, so it cannot win anything."""
+
+    measurements: dict[str, Measurement]
+    failures: dict[str, WorkerFailure]
+    stopped: Stopped
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Measurement:
+        return self.measurements[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.measurements)
+
+    def __len__(self) -> int:
+        return len(self.measurements)
+
+
+def race(
+    subjects: Sequence[Subject],
+    *,
+    threads: int = 1,
+    rules: Rules | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    open_bench: Callable[[Subject], Bench] | None = None,
+) -> RaceResult:
+    """Time `subjects` on `threads` threads each, all pinned to the same cores; the first one is the baseline.
+
+    `clock` and `open_bench` are there for tests. Names must differ, else ValueError.
+    """
+    names = [subject.name for subject in subjects]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"a race needs subjects with different names, not {names}")
+    rules = rules or Rules()
+    cores = environment.pinnable(threads)
+    around = environment.describe(threads, cores)
+    make = open_bench or (lambda subject: WorkerBench(subject, threads, cores, rules.timeout_s))
+    contest = _Contest(rules, {subject.name: make(subject) for subject in subjects})
+    try:
+        contest.open()
+        stopped = contest.run(clock, progress)
+        peaks = contest.peaks()
+    finally:
+        contest.close()
+    around["load_1_minute_after"] = environment.describe(threads, cores)["load_1_minute"]
+    measurements = {name: Measurement(name, tuple(blocks), around) for name, blocks in contest.blocks.items() if blocks}
+    return RaceResult(measurements, contest.failures, stopped, peaks)
+
+
+def compare(measurements: Mapping[str, Measurement], baseline: str, confidence: float = 0.95) -> dict[str, Interval]:
+    """How many times faster than `baseline` each of the others is."""
+    reference = measurements[baseline]
+    others = {name: measured for name, measured in measurements.items() if name != baseline}
+    return {name: speedup(reference, measured, confidence) for name, measured in others.items()}
+
+
+class _Contest:
+    """The coordinator: who is still in, and what they took."""
+
+    def __init__(self, rules: Rules, benches: dict[str, Bench]) -> None:
+        self.rules, self.benches = rules, benches
+        self.blocks: dict[str, list[tuple[float, ...]]] = {name: [] for name in benches}
+        self.failures: dict[str, WorkerFailure] = {}
+        self.runs: dict[str, int] = {}
+        self._random = random.Random(rules.seed)
+
+    @property
+    def running(self) -> list[str]:
+        return [name for name in self.benches if name not in self.failures]
+
+    def open(self) -> None:
+        """Load everybody, one after the other, and find how many runs fill a block."""
+        for name, bench in self.benches.items():
+            failure = bench.open()
+            first = failure if failure is not None else bench.block(3, self.rules.warm_up_runs)
+            if isinstance(first, WorkerFailure):
+                self._drop(name, first)
+                continue
+            fitting = round(self.rules.block_s / max(float(np.median(first)), 1e-9))
+            self.runs[name] = min(max(1, fitting), self.rules.most_runs)
+
+    def run(self, clock: Callable[[], float], progress: Callable[[Progress], None] | None) -> Stopped:
+        """Rounds until the rules say stop."""
+        begun_s = clock()
+        for _ in range(self.rules.warm_rounds):
+            self._round(keep=False)
+        for number in range(1, self.rules.most_rounds + 1):
+            self._round(keep=True)
+            if not self.running:
+                return "nothing left"
+            elapsed_s, widest = clock() - begun_s, self._widest()
+            if progress is not None:
+                progress(Progress(number, self.rules.most_rounds, elapsed_s, widest))
+            if number >= self.rules.least_rounds and widest <= self.rules.margin:
+                return "narrow"
+            if number >= ENOUGH_BLOCKS and elapsed_s >= self.rules.budget_s:
+                return "budget"
+        return "rounds"
+
+    def peaks(self) -> dict[str, int]:
+        """Peak memory of who is left, where known."""
+        found = {name: self.benches[name].peak_bytes() for name in self.running}
+        return {name: peak for name, peak in found.items() if peak is not None}
+
+    def close(self) -> None:
+        """End every process."""
+        for bench in self.benches.values():
+            bench.close()
+
+    def _round(self, keep: bool) -> None:
+        """One block of everybody, in an order of its own: neighbours would otherwise always meet the same caches."""
+        order = self.running
+        self._random.shuffle(order)
+        for name in order:
+            block = self.benches[name].block(self.runs[name], self.rules.warm_up_runs)
+            if isinstance(block, WorkerFailure):
+                self._drop(name, block)
+            elif keep:
+                self.blocks[name].append(block)
+
+    def _drop(self, name: str, failure: WorkerFailure) -> None:
+        self.failures[name] = failure
+        self.blocks[name] = []
+        self.benches[name].close()
+
+    def _widest(self) -> float:
+        """Half the width of the least certain ratio to the first subject still in, relative to the ratio."""
+        first, *others = (Measurement(name, tuple(self.blocks[name])) for name in self.running)
+        ratios = [speedup(first, other) for other in others]
+        return max(((ratio.high - ratio.low) / 2.0 / ratio.median for ratio in ratios), default=0.0)

@@ -1,0 +1,159 @@
+"""Composites written out in standard ONNX, at the opset the graph has.
+
+This is what `model.onnx` holds and what runtimes other than ours read. Batch and lengths stay dynamic: reshapes copy
+those axes (0) and name only heads and dims, which are constants of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.core.errors import UnsupportedOperator
+from rewriter.graph.composites import COMPOSITE_DOMAIN
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.runtimes.emitter import Emitter, Names, declare_rank, dtype_of
+from rewriter.runtimes.standard_attention import attention, split_heads
+
+Form = Literal["decomposed", "attention"]
+
+
+def to_standard(graph: OnnxGraph, form: Form = "decomposed") -> OnnxGraph:
+    """A copy of `graph` without composites. The input is not changed; names of inputs and outputs stay.
+
+    With `form` ``attention`` a site becomes one `Attention` node where the opset (23 and later) has it and its
+    meaning agrees; other sites are written out. Raises `UnsupportedOperator` for a composite that is not known.
+    """
+    result = graph.clone()
+    names, constants = Names(result.model), {}  # type: tuple[Names, dict[tuple[Any, ...], ir.Value]]
+    for part in list(result.model.graphs()):
+        composites = [node for node in part if node.domain == COMPOSITE_DOMAIN]
+        for node in composites:
+            # While the composites stand, it is plain how many axes each value has.
+            declare_rank(node.outputs[0])
+        for node in composites:
+            emitter = Emitter(node, graph.opset, names, constants)
+            emitter.replace(_expand(emitter, form))
+        part.opset_imports.pop(COMPOSITE_DOMAIN, None)
+    result.model.opset_imports.pop(COMPOSITE_DOMAIN, None)
+    return OnnxGraph(result.model, graph.path)
+
+
+def _expand(emitter: Emitter, form: Form) -> ir.Value:
+    kind = emitter.node.op_type
+    if kind == "Attention":
+        return attention(emitter, fused=form == "attention")
+    if kind not in _EXPANSIONS:
+        raise UnsupportedOperator("the standard form", f"{COMPOSITE_DOMAIN}::{kind}", emitter.node.name or "")
+    return _EXPANSIONS[kind](emitter)
+
+
+def _operands(emitter: Emitter) -> tuple[ir.Value | None, ...]:
+    return (*emitter.node.inputs, None, None, None)
+
+
+def _linear(emitter: Emitter) -> ir.Value:
+    """``act(x @ W + b)``, as `Gemm` where x is known to be a matrix and there is a bias."""
+    x, weight_CN, bias_N = _operands(emitter)[:3]
+    assert x is not None and weight_CN is not None
+    if bias_N is not None and x.shape is not None and x.shape.rank() == 2:
+        y = emitter.op("Gemm", x, weight_CN, bias_N)
+    else:
+        y = emitter.op("MatMul", x, weight_CN)
+        y = y if bias_N is None else emitter.op("Add", y, bias_N)
+    name = emitter.node.attributes.get_string("activation", "")
+    if name in ("", "identity"):
+        return y
+    if name not in _ACTIVATIONS:
+        raise UnsupportedOperator("the standard form", f"activation {name}", emitter.node.name or "")
+    return _ACTIVATIONS[name](emitter, y, dtype_of(weight_CN))
+
+
+def _gelu(e: Emitter, x: ir.Value, dtype: np.dtype[Any]) -> ir.Value:
+    """``x/2 (1 + erf(x / sqrt 2))``, in the order of operations that runtimes recognise."""
+    if e.opset >= 20:
+        return e.op("Gelu", x, approximate="none")
+    erf = e.op("Erf", e.op("Div", x, e.scalar(math.sqrt(2.0), dtype)))
+    return e.op("Mul", e.op("Mul", x, e.op("Add", erf, e.scalar(1.0, dtype))), e.scalar(0.5, dtype))
+
+
+def _gelu_tanh(e: Emitter, x: ir.Value, dtype: np.dtype[Any]) -> ir.Value:
+    """``x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`` (Hendrycks & Gimpel 2016)."""
+    if e.opset >= 20:
+        return e.op("Gelu", x, approximate="tanh")
+    cube = e.op("Mul", e.op("Mul", e.op("Mul", x, x), x), e.scalar(0.044715, dtype))
+    tanh = e.op("Tanh", e.op("Mul", e.op("Add", x, cube), e.scalar(math.sqrt(2.0 / math.pi), dtype)))
+    return e.op("Mul", e.op("Mul", x, e.op("Add", tanh, e.scalar(1.0, dtype))), e.scalar(0.5, dtype))
+
+
+def _quick_gelu(e: Emitter, x: ir.Value, dtype: np.dtype[Any]) -> ir.Value:
+    return e.op("Mul", x, e.op("Sigmoid", e.op("Mul", x, e.scalar(1.702, dtype))))
+
+
+_ACTIVATIONS: dict[str, Callable[[Emitter, ir.Value, np.dtype[Any]], ir.Value]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": lambda e, x, _: e.op("Relu", x),
+    "silu": lambda e, x, _: e.op("Mul", x, e.op("Sigmoid", x)),
+    "tanh": lambda e, x, _: e.op("Tanh", x),
+}
+
+
+def _head_norm(emitter: Emitter) -> ir.Value:
+    """Layer norm or RMS norm over the last axis; the operator where the opset has it."""
+    x, gain, bias = _operands(emitter)[:3]
+    assert x is not None and gain is not None
+    kind = emitter.node.attributes.get_string("kind", "layer")
+    epsilon = emitter.node.attributes.get_float("epsilon", 1e-5)
+    if kind == "layer" and emitter.opset >= 17:
+        return emitter.op("LayerNormalization", x, gain, bias, axis=-1, epsilon=epsilon)
+    if kind == "rms" and emitter.opset >= 23:
+        y = emitter.op("RMSNormalization", x, gain, axis=-1, epsilon=epsilon)
+    else:
+        y = emitter.op("Mul", _normalised(emitter, x, kind, epsilon, dtype_of(gain)), gain)
+    return y if bias is None else emitter.op("Add", y, bias)
+
+
+def _normalised(e: Emitter, x: ir.Value, kind: str, epsilon: float, dtype: np.dtype[Any]) -> ir.Value:
+    # The operators compute in float32 whatever they are given (stash_type 1), and half precision needs it.
+    narrow = dtype.itemsize < 4
+    wide = e.op("Cast", x, to=int(ir.DataType.FLOAT)) if narrow else x
+    precision = np.dtype(np.float32) if narrow else dtype
+    if kind == "layer":
+        wide = e.op("Sub", wide, e.mean(wide))
+    spread = e.op("Add", e.mean(e.op("Mul", wide, wide)), e.scalar(epsilon, precision))
+    y = e.op("Div", wide, e.op("Sqrt", spread))
+    return e.op("Cast", y, to=int(ir.DataType.from_numpy(dtype))) if narrow else y
+
+
+def _rotary(e: Emitter) -> ir.Value:
+    """``u * cos + sign * rotate(u) * sin`` on the leading `size` dims of each head (Su et al. 2021)."""
+    x, cos, sin = _operands(e)[:3]
+    assert x is not None and cos is not None and sin is not None
+    attributes = e.node.attributes
+    size, interleaved = attributes.get_int("size", 0), bool(attributes.get_int("interleaved", 0))
+    whole = x.shape is not None and x.shape[-1] == size
+    turned = x if whole else e.cut(x, 0, size)
+    if interleaved:
+        pair = (e.op("Neg", e.cut(turned, 1, size, 2)), e.cut(turned, 0, size, 2))
+        paired = e.op("Concat", *(e.unsqueeze(half, -1) for half in pair), axis=-1)
+        rotated = e.op("Reshape", paired, e.ints(0, 0, 0, size))
+    else:
+        halves = e.op("Neg", e.cut(turned, size // 2, size)), e.cut(turned, 0, size // 2)
+        rotated = e.op("Concat", *halves, axis=-1)
+    combine = "Add" if attributes.get_int("sign", 1) > 0 else "Sub"
+    y = e.op(combine, e.op("Mul", turned, cos), e.op("Mul", rotated, sin))
+    return y if whole else e.op("Concat", y, e.cut(x, size), axis=-1)
+
+
+_EXPANSIONS: dict[str, Callable[[Emitter], ir.Value]] = {
+    "Linear": _linear,
+    "SplitHeads": split_heads,
+    "HeadNorm": _head_norm,
+    "Rotary": _rotary,
+}
