@@ -27,8 +27,8 @@ class Rules:
     """How long a race goes on.
 
     It stops after at least `least_rounds` once every ratio to the first subject is known to ``± margin`` of itself,
-    and at the latest after `most_rounds`, or `budget_s` once there are enough blocks for an interval. A block lasts about
-    `block_s`; the first `warm_rounds` rounds and the first `warm_up_runs` of each block do not count.
+    and at the latest after `most_rounds`, or `budget_s` once there are enough blocks for an interval. A block lasts
+    about `block_s`; the first `warm_rounds` rounds and the first `warm_up_runs` of each block do not count.
     """
 
     least_rounds: int = 10

@@ -13,34 +13,10 @@ from rewriter.graph.onnx import constant_of
 
 _LAST = np.iinfo(np.int64).max
 _SAME_RANK = frozenset(
-    [
-        "Cast",
-        "Transpose",
-        "Softmax",
-        "Identity",
-        "Neg",
-        "Sqrt",
-        "Tanh",
-        "Sigmoid",
-        "Relu",
-        "Erf",
-        "Gelu",
-        "Slice",
-        "Concat",
-        "Pad",
-        "CumSum",
-        "Clip",
-        "Exp",
-        "Dropout",
-        "LayerNormalization",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-        "RotaryEmbedding",
-        "Rotary",
-        "HeadNorm",
-    ]
+    "Cast Transpose Softmax Identity Neg Sqrt Tanh Sigmoid Relu Erf Gelu Slice Concat Pad Clip Exp Dropout "  # noqa: SIM905
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization RotaryEmbedding Rotary HeadNorm".split()
 )
-_BROADCAST = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Where", "MatMul", "Linear", "Max", "Min"])
+_BROADCAST = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Where", "MatMul", "Linear", "Max", "Min"))
 
 
 class Names:
@@ -171,10 +147,12 @@ def rank_of(value: ir.Value) -> int:
     return rank
 
 
-def declare_rank(value: ir.Value) -> None:
-    """Give a value that has no shape as many unknown axes as it is known to have, if any are known."""
-    rank = _rank(value, {})
-    if value.shape is None and rank is not None:
+def declare(value: ir.Value) -> None:
+    """Give a value without type or shape what can be worked out: its dtype, and its number of axes, of unknown size."""
+    dtype, rank = _search(value, _declared_float), _rank(value, {})
+    if value.type is None and dtype is not None:
+        value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+    if value.type is not None and value.shape is None and rank is not None:
         value.shape = ir.Shape([None] * rank)
 
 

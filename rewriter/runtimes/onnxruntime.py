@@ -140,7 +140,14 @@ def version() -> str:
 
 def _session(artifact: Path, threads: int) -> onnxruntime.InferenceSession:
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented, RuntimeException
+    from onnxruntime.capi.onnxruntime_pybind11_state import (
+        Fail,
+        InvalidGraph,
+        InvalidProtobuf,
+        NoSuchFile,
+        NotImplemented,
+        RuntimeException,
+    )
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -152,7 +159,7 @@ def _session(artifact: Path, threads: int) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(artifact), options, providers=["CPUExecutionProvider"])
     except NotImplemented as error:
         raise UnsupportedOperator(_ENGINE, _first_line(error), str(artifact.name)) from error
-    except (Fail, InvalidGraph, RuntimeException) as error:
+    except (Fail, InvalidGraph, InvalidProtobuf, NoSuchFile, RuntimeException) as error:
         raise ModelError(f"{_ENGINE} refuses {artifact.name}: {_first_line(error)}", "Use another runtime") from error
 
 

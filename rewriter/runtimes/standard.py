@@ -16,7 +16,7 @@ import onnx_ir as ir
 from rewriter.core.errors import UnsupportedOperator
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.emitter import Emitter, Names, declare_rank, dtype_of
+from rewriter.runtimes.emitter import Emitter, Names, declare, dtype_of
 from rewriter.runtimes.standard_attention import attention, split_heads
 
 Form = Literal["decomposed", "attention"]
@@ -34,7 +34,7 @@ def to_standard(graph: OnnxGraph, form: Form = "decomposed") -> OnnxGraph:
         composites = [node for node in part if node.domain == COMPOSITE_DOMAIN]
         for node in composites:
             # While the composites stand, it is plain how many axes each value has.
-            declare_rank(node.outputs[0])
+            declare(node.outputs[0])
         for node in composites:
             emitter = Emitter(node, graph.opset, names, constants)
             emitter.replace(_expand(emitter, form))

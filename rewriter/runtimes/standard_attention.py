@@ -135,10 +135,10 @@ def _agrees(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bias: i
         return False
     if key.head_of != tuple(head // (heads // key.heads) for head in range(heads)):
         return False
-    kind = attributes.get_string("bias_kind", "none")
+    kind, softcap = attributes.get_string("bias_kind", "none"), attributes.get_float("softcap", 0.0)
     if bias is None or kind == "none":
         return True
-    if kind != "bool" or attributes.get_string("empty_rows", "nan") != "zero" or attributes.get_float("softcap", 0.0):
+    if kind != "bool" or attributes.get_string("empty_rows", "nan") != "zero" or softcap:
         return False
     return 2 <= rank_of(bias) <= 4 and _axis(bias, -1) not in (None, 1)
 

@@ -1,0 +1,47 @@
+"""A runtime for tests: an artifact is a text file that says what running it does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rewriter.core.refusal import Refusal
+from rewriter.core.target import Target
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.runtimes.base import Feeds
+
+
+class FakeRuntime:
+    """``add`` works and writes down the feeds it meets, ``die`` ends its process when it runs."""
+
+    name = "fake"
+
+    def available(self) -> Refusal | None:
+        return None
+
+    def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
+        (folder / "artifact").write_text("add")
+        return folder / "artifact"
+
+    def load(self, artifact: Path, threads: int) -> FakeExecutable:
+        return FakeExecutable(artifact.read_text().strip(), artifact.with_suffix(".seen"))
+
+
+class FakeExecutable:
+    def __init__(self, what: str, seen: Path) -> None:
+        self.what, self.seen = what, seen
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        return {"y": np.asarray(feeds["x"]) + 1}
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        def call() -> None:
+            if self.what == "die":
+                os._exit(9)
+            with self.seen.open("a") as file:
+                file.write(f"{int(feeds['x'][0])} ")
+
+        return call
