@@ -23,7 +23,8 @@ WIKIPEDIA = Package(
 CLASSES = ("business", "entertainment", "politics", "sports", "tech")
 UNLABELLED = -1
 WORDS = (30, 200)
-PARAGRAPHS_PER_PAGE = 2
+# One, because passages of one page are not independent samples of Wikipedia.
+PARAGRAPHS_PER_PAGE = 1
 
 # What is left of a paragraph after these, in this order, is prose; anything else with markup in it is dropped.
 _MARKUP = (
@@ -63,7 +64,7 @@ def news_articles() -> list[Document]:
 
 
 def encyclopedia_pages(count: int, rng: np.random.Generator) -> list[Document]:
-    """`count` pages of Wikipedia (the enwik8 dump) in random order, each with up to two paragraphs of prose."""
+    """`count` pages of Wikipedia (the enwik8 dump) in random order, each with a paragraph of prose."""
     dump = gzip.decompress(fetch(WIKIPEDIA, "data/enwik8.gz").read_bytes()).decode("utf-8", "replace")
     starts = [match.end() for match in re.finditer(r"<page>", dump)]
     pages: list[Document] = []
@@ -78,16 +79,15 @@ def encyclopedia_pages(count: int, rng: np.random.Generator) -> list[Document]:
 
 def without_repeats(documents: Iterable[Document]) -> Iterator[Document]:
     """Documents, and paragraphs within them, whose normalised text did not occur before."""
-    seen: set[str] = set()
+    texts: set[str] = set()
+    passages: set[str] = set()
     for document in documents:
-        whole = normalised(document.text)
-        if whole in seen:
-            continue
-        seen.add(whole)
-        fresh = tuple(part for part in dict.fromkeys(document.paragraphs) if normalised(part) not in seen)
-        seen.update(map(normalised, fresh))
-        if fresh:
-            yield replace(document, paragraphs=fresh)
+        text = normalised(document.text)
+        fresh = {normalised(part): part for part in reversed(document.paragraphs) if normalised(part) not in passages}
+        if text not in texts and fresh:
+            yield replace(document, paragraphs=tuple(reversed(fresh.values())))
+        texts.add(text)
+        passages.update(fresh)
 
 
 def normalised(text: str) -> str:
