@@ -129,7 +129,7 @@ def foresee(
     needed = _needed(test, delta)
     power = _power(test, n, delta)
     if power < 0.5:
-        return Forecast(power, needed, n, f"not certifiable at this n ({n}): about {needed:,} samples needed")
+        return Forecast(power, needed, n, f"not certifiable at this n ({n:,}): about {needed:,} samples needed")
     return Forecast(power, needed, n, f"{n} samples certify {max_drop} with probability {power:.0%} if nothing changes")
 
 
@@ -185,12 +185,17 @@ def _needed(test: Test, delta: float) -> int:
 
 
 def _reason(items: Paired, test: Test, max_drop: MaxDrop, confidence: float, certified: bool) -> str:
-    n = len(items)
+    n, claim = len(items), f"{items.metric} drop <= {_limit(items.unit, max_drop)}"
     if confidence <= 0.0:
         return "not certified: the certification data was used too often"
     if certified:
-        return f"{items.metric} drop <= {max_drop} with {confidence:.4g} confidence, n = {n:,}"
+        return f"{claim} with {100.0 * confidence:.4g} % confidence, n = {n:,}"
     if float(test.losses.mean()) >= test.epsilon:
-        return f"not certified: the measured {items.metric} drop exceeds {max_drop} on {n:,} items"
-    needed = _needed(test, 1.0 - confidence)
-    return f"not certifiable at this n ({n:,}): about {needed:,} samples needed for {items.metric} drop <= {max_drop}"
+        return f"not certified: the measured drop of {items.metric}, {items.drop:.4f}, is over the limit (n = {n:,})"
+    return f"not certifiable at this n ({n:,}): about {_needed(test, 1.0 - confidence):,} samples needed for {claim}"
+
+
+def _limit(unit: str, max_drop: MaxDrop) -> str:
+    if max_drop.relative:
+        return f"{100.0 * max_drop.fraction:g} % of the original's"
+    return f"{max_drop.fraction:g} nats" if unit == "nats" else f"{100.0 * max_drop.fraction:g} points"
