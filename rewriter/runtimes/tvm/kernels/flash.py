@@ -74,7 +74,6 @@ class Attention:
     softcap: float = 0.0
     bias: Bias | None = None
     empty_rows: Literal["nan", "zero"] = "nan"
-    shared: bool = False
     lanes: int = 16
     threads: int = 1
 
@@ -95,10 +94,9 @@ class Tile:
 
 
 def make_flash(attention: Attention, tile: Tile, name: str = "flash") -> Any:
-    """PrimFunc (Q, K, V, bias?, O (B, S, H * Dv)); with `shared`, one packed buffer stands for Q, K and V."""
-    arguments = [("q", attention.query.shape, "float32")]
-    if not attention.shared:
-        arguments += [("k", attention.key.shape, "float32"), ("v", attention.value.shape, "float32")]
+    """PrimFunc (Q, K, V, bias?, O (B, S, H * Dv)); the same packed buffer may be given for Q, K and V."""
+    operands = (("q", attention.query), ("k", attention.key), ("v", attention.value))
+    arguments = [(name, operand.shape, "float32") for name, operand in operands]
     if attention.bias is not None:
         arguments.append(("bias", attention.bias.shape, attention.bias.dtype))
     width = attention.heads * attention.value.dim
@@ -138,10 +136,9 @@ class _Writer:
     def body(self, *buffers: Buffer) -> None:
         """One head at a time."""
         a, rest = self.a, list(buffers)
-        first = rest.pop(0)
-        self.Q = _flat(first, a.query.shape)
-        self.K = self.Q if a.shared else _flat(rest.pop(0), a.key.shape)
-        self.V = self.Q if a.shared else _flat(rest.pop(0), a.value.shape)
+        self.Q = _flat(rest.pop(0), a.query.shape)
+        self.K = _flat(rest.pop(0), a.key.shape)
+        self.V = _flat(rest.pop(0), a.value.shape)
         self.M = None if a.bias is None else _flat(rest.pop(0), a.bias.shape, a.bias.dtype)
         self.O = _flat(rest.pop(0), (a.B, a.S, a.heads * a.value.dim))
         with loop(a.B * a.heads, parallel=a.threads > 1) as item, T.sblock("head"):

@@ -1,0 +1,54 @@
+"""The files of an artifact and how they are checked before any of their code runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rewriter.core.errors import ModelError
+from rewriter.runtimes.tvm.target import missing_features
+
+FORMAT = 1
+CODE, WEIGHTS, MANIFEST = "model.so", "model.weights.safetensors", "model.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions that compiled code is tied to."""
+    return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked manifest of an artifact: complete, unaltered, and made for this processor and this TVM.
+
+    Raises `ModelError` for everything else, before any code of the artifact is loaded.
+    """
+    rebuild = "Build the model again on this machine"
+    for name in (MANIFEST, CODE, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is no artifact: {name} is missing", "Give the folder that optimize wrote")
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        found, hashes, needed = manifest["format"], manifest["sha256"], tuple(manifest["requires"])
+        built_with = manifest["versions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / MANIFEST} cannot be read: {error}", rebuild) from error
+    if found != FORMAT:
+        raise ModelError(f"{folder} has format {found}, this program reads {FORMAT}", rebuild)
+    if built_with != versions():
+        raise ModelError(f"{folder} was built with {built_with}, installed is {versions()}", rebuild)
+    missing = missing_features(needed)
+    if missing:
+        raise ModelError(f"{folder} needs a processor with {', '.join(missing)}, which this one lacks", rebuild)
+    for name in (CODE, WEIGHTS):
+        if file_sha256(folder / name) != hashes.get(name):
+            raise ModelError(f"{folder / name} is not the file that was built: its hash differs", rebuild)
+    return manifest

@@ -1,0 +1,155 @@
+"""From a graph to an artifact: code for every shape bucket, weights beside it, and what is needed to run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from rewriter.core.errors import OptionError, OutputError
+from rewriter.core.target import Target
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.runtimes.tvm.artifact import CODE, FORMAT, MANIFEST, WEIGHTS, file_sha256, versions
+from rewriter.runtimes.tvm.fusion import fuse
+from rewriter.runtimes.tvm.lowering import Kernels, Lowering
+from rewriter.runtimes.tvm.operators import TABLE
+from rewriter.runtimes.tvm.parameters import Parameters, write_parameters
+from rewriter.runtimes.tvm.program import Program
+from rewriter.runtimes.tvm.specialise import specialise
+from rewriter.runtimes.tvm.target import tvm_target
+from rewriter.runtimes.tvm.tiles import Tiles
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class Module:
+    """What was lowered: an IRModule with one function per bucket, and the parameters they take."""
+
+    functions: Any
+    parameters: Parameters
+    arguments: tuple[tuple[str, ...], ...]
+    programs: tuple[Program, ...]
+
+    def structure_key(self, target: Target) -> str:
+        """Equal for modules that compile to the same code: weights do not enter."""
+        text = json.dumps([target.key(), versions()], sort_keys=True) + self.functions.script()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Tiles | None = None) -> Module:
+    """Lower `graph` for each of `shapes`. Raises `UnsupportedOperator` and `OptionError`."""
+    if not shapes:
+        raise OptionError("no input shapes to build for", "Give at least one")
+    builder, parameters, chosen = relax.BlockBuilder(), Parameters(), tiles or Tiles(target)
+    kernels, arguments, programs = Kernels(builder), [], []
+    for index, bucket in enumerate(shapes):
+        program = specialise(graph, bucket)
+        fuse(program)
+        lowering = Lowering(program, target, kernels, parameters, chosen)
+        arguments.append(lowering.lower(function_name(index), TABLE))
+        programs.append(program)
+    return Module(builder.get(), parameters, tuple(arguments), tuple(programs))
+
+
+def function_name(bucket: int) -> str:
+    """Of the function that serves a bucket."""
+    return f"bucket_{bucket}"
+
+
+def build(
+    graph: OnnxGraph,
+    shapes: Sequence[Shapes],
+    folder: Path,
+    target: Target,
+    cache: Path | None = None,
+    tiles: Tiles | None = None,
+    pad: Mapping[str, float] | None = None,
+) -> Path:
+    """Write an artifact for `graph` at each of `shapes` to `folder` and return it.
+
+    `cache` keeps compiled code by structure: the same graph with other weights compiles nothing. `pad` gives for each input the value with which
+    shorter axes may be filled up to a bucket; without it only exact shapes run. Whether padding is sound is for the caller to
+    verify. The folder appears whole or not at all. Raises `UnsupportedOperator`, `OptionError`, `OutputError`.
+    """
+    module = lower(graph, shapes, target, tiles)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder.parent}: {error}", "Choose a folder you may write to") from error
+    try:
+        _compiled(module, target, work / CODE, cache)
+        weights_sha = write_parameters(module.parameters, work / WEIGHTS)
+        manifest = _manifest(graph, module, shapes, target, pad or {})
+        manifest["sha256"] = {CODE: file_sha256(work / CODE), WEIGHTS: weights_sha}
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _replace(work, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error}", "Make room or choose another folder") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _compiled(module: Module, target: Target, path: Path, cache: Path | None) -> None:
+    """Compile to `path`, or copy what the cache has for this structure."""
+    kept = None if cache is None else cache / f"{module.structure_key(target)}.so"
+    if kept is not None and kept.exists():
+        shutil.copyfile(kept, path)
+        return
+    tvm.compile(module.functions, target=tvm_target(target)).export_library(str(path))
+    if kept is None or cache is None:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
+        file.write(path.read_bytes())
+    Path(file.name).replace(kept)
+
+
+def _manifest(
+    graph: OnnxGraph, module: Module, shapes: Sequence[Shapes], target: Target, pad: Mapping[str, float]
+) -> dict[str, Any]:
+    first = module.programs[0]
+    buckets = []
+    for index, (program, arguments) in enumerate(zip(module.programs, module.arguments, strict=True)):
+        buckets.append({
+            "function": function_name(index),
+            "inputs": {name: list(program.shape(name)) for name in program.inputs},
+            "outputs": {name: list(program.shape(name)) for name in program.outputs},
+            "parameters": list(arguments),
+        })  # fmt: skip
+    return {
+        "format": FORMAT,
+        "inputs": [_describe(spec.name, str(first.dtype(spec.name)), spec.shape) for spec in graph.inputs],
+        "outputs": [_describe(spec.name, str(first.dtype(spec.name)), spec.shape) for spec in graph.outputs],
+        "buckets": buckets,
+        "pad": dict(pad),
+        "threads": target.threads,
+        "target": target.key(),
+        "requires": [feature for feature in target.features if not feature.startswith("amx")],
+        "versions": versions(),
+        "model": graph.fingerprint(),
+    }
+
+
+def _describe(name: str, dtype: str, shape: Sequence[int | str | None]) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+
+def _replace(work: Path, folder: Path) -> None:
+    """Put a finished folder in place. Files are renamed one by one, the manifest last, when the folder exists already."""
+    if not folder.exists():
+        os.replace(work, folder)
+        return
+    for name in (CODE, WEIGHTS, MANIFEST):
+        os.replace(work / name, folder / name)

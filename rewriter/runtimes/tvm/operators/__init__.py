@@ -1,0 +1,8 @@
+"""The one table from operators to Relax: `TABLE` maps ``domain:op`` (or ``op``) to a function of (lowering, node)."""
+
+from __future__ import annotations
+
+from rewriter.runtimes.tvm.operators import composites, elementwise, movement, reductions
+from rewriter.runtimes.tvm.operators.registry import TABLE
+
+__all__ = ["TABLE", "composites", "elementwise", "movement", "reductions"]

@@ -1,0 +1,39 @@
+"""TVM behind the interface of all runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from rewriter.core.refusal import Refusal
+from rewriter.core.target import Target
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.runtimes.base import Executable
+
+
+class TvmRuntime:
+    """Builds and runs graphs with our kernel templates. Modules that load TVM are imported on first use."""
+
+    name = "tvm"
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
+
+    def available(self) -> Refusal | None:
+        """TVM must be installed."""
+        if find_spec("tvm") is None:
+            return Refusal("tvm-missing", "apache-tvm is not installed; pip install apache-tvm==0.27.0.post1")
+        return None
+
+    def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
+        """An artifact folder for one set of input shapes, below `folder`."""
+        from rewriter.runtimes.tvm.compile import build
+
+        return build(graph, [shapes], folder / "tvm", target, self.cache)
+
+    def load(self, artifact: Path, threads: int) -> Executable:
+        """Load a folder that `build` returned."""
+        from rewriter.runtimes.tvm.load import load
+
+        return load(artifact, threads)
