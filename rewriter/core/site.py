@@ -236,7 +236,8 @@ class FeedForwardSite:
     """``output = act(source @ up + bias) [* (source @ gate + gate_bias)] @ down + down_bias``.
 
     `activation` is a known name (``gelu``, ``gelu_tanh``, ``quick_gelu``, ``relu``, ``silu``, ``tanh``, ``identity``)
-    or ``path``: the graph's own element-wise nodes from `path_start` to `path_end` are copied.
+    or ``path``: the graph's own element-wise nodes from `path_start` to `path_end` are copied. `source` has a batch
+    axis; `rank` is that of the output, which is 2 where the graph merges batch and tokens.
     """
 
     id: str
@@ -251,6 +252,7 @@ class FeedForwardSite:
     gate_bias_F: Array | None = None
     path_start: str = ""
     path_end: str = ""
+    rank: int = 3
     weight_names: Mapping[str, str] = field(default_factory=dict)
     escapes: tuple[str, ...] = ()
     state: State = State.MAPPED

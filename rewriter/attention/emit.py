@@ -1,0 +1,189 @@
+"""Writes a raised site anew: composites in place of a region, from the description alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rewriter.attention.build import Builder
+from rewriter.attention.paths import Paths
+from rewriter.core.errors import ModelError
+from rewriter.core.refusal import Refused
+from rewriter.core.site import AttentionSite, FeedForwardSite, Projection
+
+
+def emit(builder: Builder, paths: Paths, site: AttentionSite | FeedForwardSite) -> None:
+    """The nodes of one site; its result takes the graph's name of the old result.
+
+    Raises `Refused` if too little is known of the site, and `ModelError` if it belongs to another graph.
+    """
+    try:
+        if isinstance(site, AttentionSite):
+            _emit_attention(builder, paths, site)
+        else:
+            _emit_feed_forward(builder, paths, site)
+    except ModelError as problem:
+        raise ModelError(f"site {site.id!r} does not belong to this graph: {problem.what}", problem.hint) from problem
+
+
+def _emit_attention(b: Builder, paths: Paths, site: AttentionSite) -> None:
+    if site.output is None:
+        raise Refused("no-output", "the output projection is not known", site.nodes)
+    query, key, value = (
+        _operand(b, projection, role)
+        for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
+    )
+    bias = _bias(b, paths, site, query, key)
+    attributes = {}
+    for role, projection in (("query", site.query), ("key", site.key), ("value", site.value)):
+        attributes[f"{role}_heads"] = projection.heads
+        attributes[f"{role}_head_of"] = list(projection.head_of)
+    b.composite(
+        "Attention",
+        *(name for name in (query, key, value, bias) if name),
+        output=f"{site.id}/features",
+        heads=site.heads,
+        scale=float(site.scale),
+        softcap=float(site.softcap),
+        bias_kind="none" if not bias else "bool" if site.bias.kind == "bool" else "add",
+        empty_rows=site.empty_rows,
+        **attributes,
+    )
+    _output(b, site)
+
+
+def _output(b: Builder, site: AttentionSite) -> None:
+    output = site.output
+    assert output is not None
+    heads, dim, width = output.weight_HDC.shape
+    inputs = [f"{site.id}/features", b.constant(output.weight_HDC.reshape(heads * dim, width), "output.weight")]
+    if output.bias_C is not None:
+        inputs.append(b.constant(output.bias_C, "output.bias"))
+    last = output.value if output.rank == 3 and not output.time_first else ""
+    result = b.composite("Linear", *inputs, output=last)
+    if output.time_first:
+        last = output.value if output.rank == 3 else ""
+        result = b.op("Transpose", result, output=last, perm=[1, 0, 2])
+    if output.rank == 2:
+        b.op("Reshape", result, b.ints(-1, width), output=output.value)
+    elif output.rank > 3:
+        lead = b.op("Slice", b.op("Shape", output.flatten_like), b.ints(0), b.ints(-1))
+        b.op("Reshape", result, b.joined([lead, b.ints(width)]), output=output.value)
+
+
+def _operand(b: Builder, projection: Projection, role: str) -> str:
+    if projection.opaque:
+        if projection.opaque_transposed:
+            return b.op("Transpose", projection.opaque, output=f"{b.prefix}/{role}", perm=[0, 1, 3, 2])
+        return b.op("Identity", projection.opaque, output=f"{b.prefix}/{role}")
+    weight = projection.weight_CGD
+    assert weight is not None
+    width, heads, dim = weight.shape
+    source = projection.source
+    if projection.time_first:
+        source = b.op("Transpose", source, perm=[1, 0, 2])
+    if projection.flatten:
+        source = b.op("Reshape", source, b.ints(0, -1, width))
+    inputs = [source, b.constant(weight.reshape(width, heads * dim), f"{role}.weight")]
+    if projection.bias_GD is not None:
+        inputs.append(b.constant(projection.bias_GD.reshape(-1), f"{role}.bias"))
+    steps = [step for step in ("norm", "rotary", "past", "present") if getattr(projection, step)]
+    if not steps:
+        return b.composite("Linear", *inputs, output=f"{b.prefix}/{role}")
+    return _beyond_linear(b, projection, b.composite("Linear", *inputs), heads, role)
+
+
+def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, role: str) -> str:
+    """Norm, rotation and cache, on (B, G, S, D); the last of them carries the role's name or the cache's."""
+    cached = bool(projection.past or projection.present)
+    final = projection.present if cached and not projection.past else "" if cached else f"{b.prefix}/{role}"
+    bare = projection.norm is None and projection.rotary is None
+    value = b.composite("SplitHeads", flat, output=final if bare else "", heads=heads)
+    norm = projection.norm
+    if norm is not None:
+        inputs = [value, b.constant(norm.gain_D, f"{role}.gain")]
+        if norm.bias_D is not None:
+            inputs.append(b.constant(norm.bias_D, f"{role}.norm_bias"))
+        output = final if projection.rotary is None else ""
+        value = b.composite("HeadNorm", *inputs, output=output, kind=norm.kind, epsilon=float(norm.epsilon))
+    turn = projection.rotary
+    if turn is not None:
+        attributes = {"size": turn.size, "interleaved": int(turn.interleaved), "sign": turn.sign}
+        value = b.composite("Rotary", value, turn.cos, turn.sin, output=final, **attributes)
+    if projection.past:
+        value = b.op("Concat", projection.past, value, output=projection.present, axis=2)
+    return value
+
+
+def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -> str:
+    bias = site.bias
+    if bias.kind == "none":
+        return ""
+    name = bias.value
+    if bias.kind == "path":
+        zero = _zeros(b, site, query, key)
+        renamed = {bias.value: zero}
+        b.copy(paths.between(bias.value, bias.path_end) or [], renamed)
+        name = renamed[bias.path_end]
+    if bias.folded:
+        lengths = b.op("Slice", b.op("Shape", name), b.ints(1), b.ints(3))
+        name = b.op("Reshape", name, b.joined([b.ints(-1, bias.heads_axis), lengths]))
+    if bias.keep is not None and bias.heads_axis > 1:
+        name = b.op("Gather", name, b.ints(*bias.keep), axis=-3)
+    return b.op("Identity", name, output=f"{site.id}/bias")
+
+
+def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:
+    """Zeros in place of the content product: one number, or its full shape where the path reshapes it."""
+    bias = site.bias
+    dtype = _float_dtype(site)
+    rank = 3 if bias.folded else 4
+    if not bias.full_shape:
+        return b.constant(np.zeros((1,) * rank, dtype))
+    batch, rows = b.size_of(query, 0), b.size_of(query, _token_axis(site.query))
+    columns = b.size_of(key, _token_axis(site.key))
+    shape = b.joined([batch, b.ints(bias.heads_axis), rows, columns])
+    full = b.op("Expand", b.constant(np.zeros((), dtype)), shape)
+    if bias.folded:
+        full = b.op("Reshape", full, b.joined([b.ints(-1), rows, columns]))
+    return full
+
+
+def _token_axis(projection: Projection) -> int:
+    if projection.opaque:
+        return 2
+    return 2 if projection.norm or projection.rotary or projection.past or projection.present else 1
+
+
+def _float_dtype(site: AttentionSite) -> np.dtype[np.generic]:
+    """What the graph computes scores in: the dtype of its weights."""
+    weights = [p.weight_CGD for p in (site.query, site.key, site.value) if p.weight_CGD is not None]
+    return weights[0].dtype if weights else site.output.weight_HDC.dtype if site.output else np.dtype(np.float32)
+
+
+def _emit_feed_forward(b: Builder, paths: Paths, site: FeedForwardSite) -> None:
+    named = site.activation != "path"
+    activation = site.activation if named and site.activation != "identity" else ""
+    up = [site.source, b.constant(site.up_CF, "up.weight")]
+    if site.up_bias_F is not None:
+        up.append(b.constant(site.up_bias_F, "up.bias"))
+    gated = site.gate_CF is not None
+    hidden = f"{site.id}/hidden"
+    acted = b.composite("Linear", *up, output=hidden if named and not gated else "", activation=activation)
+    if not named:
+        renamed = {site.path_start: acted}
+        b.copy(paths.between(site.path_start, site.path_end) or [], renamed)
+        acted = renamed[site.path_end]
+        if not gated:
+            acted = b.op("Identity", acted, output=hidden)
+    if site.gate_CF is not None:
+        gate = [site.source, b.constant(site.gate_CF, "gate.weight")]
+        if site.gate_bias_F is not None:
+            gate.append(b.constant(site.gate_bias_F, "gate.bias"))
+        b.op("Mul", acted, b.composite("Linear", *gate), output=hidden)
+    down = [hidden, b.constant(site.down_FC, "down.weight")]
+    if site.down_bias_C is not None:
+        down.append(b.constant(site.down_bias_C, "down.bias"))
+    if site.rank != 2:
+        b.composite("Linear", *down, output=site.output)
+        return
+    b.op("Reshape", b.composite("Linear", *down), b.ints(-1, site.down_FC.shape[1]), output=site.output)

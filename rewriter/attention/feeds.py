@@ -1,0 +1,195 @@
+"""Feeds to look at a graph with: drawn from what its inputs are used for, or cut from an example.
+
+Sizes are small, pairwise different and coprime, so that axes can be told apart. Names of inputs decide nothing: an
+integer input that indexes a table is a number below the table's length, one that does not is a mask.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.core.site import Array
+from rewriter.graph.onnx import OnnxGraph, TensorSpec
+
+BATCHES = (2, 5, 3)
+LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
+TRACED = frozenset(
+    ["Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Slice", "Add", "Sub", "Concat", "Flatten", "Transpose", "Mul", "Max", "Min", "Clip"]
+)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the inputs are used for: `limits` bounds numbers that index tables, `masks` names 0/1 inputs."""
+
+    limits: Mapping[str, int]
+    masks: frozenset[str]
+
+
+def roles(graph: OnnxGraph) -> Roles:
+    """Follow every integer or boolean input to the tables it indexes."""
+    consumers: dict[str, list[ir.Node]] = {}
+    for node in graph.topological():
+        for value in node.inputs:
+            if value is not None:
+                consumers.setdefault(str(value.name), []).append(node)
+    limits, masks = {}, set()
+    for spec in graph.inputs:
+        if spec.dtype.kind in "iu":
+            sizes = list(_tables(graph, consumers, spec.name))
+            if sizes:
+                limits[spec.name] = min(sizes)
+            else:
+                masks.add(spec.name)
+        elif spec.dtype.kind == "b":
+            masks.add(spec.name)
+    return Roles(limits, frozenset(masks))
+
+
+def _tables(graph: OnnxGraph, consumers: Mapping[str, list[ir.Node]], start: str) -> Iterator[int]:
+    stack, seen = [start], set()
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in consumers.get(name, []):
+            names = ["" if value is None else str(value.name) for value in node.inputs]
+            if node.op_type == "Gather" and names[1] == name:
+                table = graph.constant(names[0])
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                if table is not None and table.ndim and table.dtype.kind not in "iub":
+                    yield int(table.shape[axis])
+            elif node.op_type in TRACED and names[0] == name:
+                stack += [str(value.name) for value in node.outputs]
+
+
+class Sizes:
+    """Sizes for dynamic axes, by name; axes named by a formula of others (``past + sequence``) are computed."""
+
+    def __init__(self, chosen: Mapping[str, int]) -> None:
+        self.chosen = dict(chosen)
+
+    def of(self, axis: int | str | None, key: str) -> int:
+        """The size of one axis; unnamed ones go by `key`."""
+        if isinstance(axis, int):
+            return axis
+        name = axis or key
+        if name in self.chosen:
+            return self.chosen[name]
+        found = _evaluate(name, self.chosen)
+        return found if found is not None else self.chosen[key]
+
+
+def _evaluate(formula: str, sizes: Mapping[str, int]) -> int | None:
+    """The value of a sum, difference or product of axis names; None if it is nothing of the kind."""
+    try:
+        return _number(ast.parse(formula, mode="eval").body, sizes)
+    except (SyntaxError, KeyError, ValueError, RecursionError):
+        return None
+
+
+def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name):
+        return sizes[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)):
+        left, right = _number(node.left, sizes), _number(node.right, sizes)
+        if isinstance(node.op, ast.Add):
+            return left + right
+        if isinstance(node.op, ast.Sub):
+            return left - right
+        return left * right if isinstance(node.op, ast.Mult) else left // max(right, 1)
+    raise ValueError("no formula")
+
+
+def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
+    """Sizes to try, most telling first: a length of its own for every name, one for all, a batch of one."""
+    batch, lengths = BATCHES[round_], LENGTHS[round_]
+    names = list(_axis_names(graph))
+    for batch_size, distinct in ((batch, True), (batch, False), (1, True), (1, False)):
+        chosen, used = {}, 0
+        for name, leading in names:
+            if leading:
+                chosen[name] = batch_size
+            else:
+                chosen[name] = lengths[used % len(lengths)] if distinct else lengths[0]
+                used += 1
+        yield Sizes(chosen)
+
+
+def _axis_names(graph: OnnxGraph) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a leading axis) of every independent dynamic axis; unnamed lengths share one name."""
+    seen: set[str] = set()
+    names = [(axis, position, key_of(position)) for spec in graph.inputs for position, axis in enumerate(spec.shape)]
+    plain = {axis for axis, _, _ in names if isinstance(axis, str) and axis.isidentifier()}
+    for axis, position, key in names:
+        if isinstance(axis, int):
+            continue
+        name = axis if axis in plain else key
+        if name not in seen:
+            seen.add(name)
+            yield name, position == 0
+    for key in ("?batch", "?length"):
+        if key not in seen:
+            yield key, key == "?batch"
+
+
+def key_of(position: int) -> str:
+    """The stand-in name of an unnamed axis."""
+    return "?batch" if position == 0 else "?length"
+
+
+def draw(
+    graph: OnnxGraph,
+    sizes: Sizes,
+    known: Roles,
+    seed: int,
+    hostile: bool = False,
+    example: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """Feeds of these sizes: random, or an example cut and repeated. Masks get right padding, or are hostile."""
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for spec in graph.inputs:
+        shape = tuple(sizes.of(axis, key_of(position)) for position, axis in enumerate(spec.shape))
+        if example is None:
+            feeds[spec.name] = _fill(spec, shape, known, rng, hostile)
+        else:
+            feeds[spec.name] = _cut(np.asarray(example[spec.name]), shape, spec.name in known.masks, hostile)
+    return feeds
+
+
+def _fill(spec: TensorSpec, shape: tuple[int, ...], known: Roles, rng: np.random.Generator, hostile: bool) -> Array:
+    if spec.name in known.masks:
+        return pad_mask(shape, hostile).astype(spec.dtype)
+    if spec.name in known.limits:
+        limit = known.limits[spec.name]
+        return rng.integers(min(3, limit - 1), limit, shape).astype(spec.dtype)
+    return rng.standard_normal(shape).astype(spec.dtype)
+
+
+def _cut(array: Array, shape: tuple[int, ...], mask: bool, hostile: bool) -> Array:
+    for axis, size in enumerate(shape):
+        array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
+    return np.where(pad_mask(shape, hostile) == 1, array, 0).astype(array.dtype) if mask else array
+
+
+def pad_mask(shape: tuple[int, ...], hostile: bool) -> Array:
+    """Ones with padding on the right of the first item; hostile: left, a hole, right, a row without any, full."""
+    mask = np.ones(shape, np.int64)
+    if len(shape) < 2 or shape[-1] < 5:
+        return mask
+    if not hostile:
+        mask[0, ..., -2:] = 0
+        return mask
+    cuts = (slice(0, 2), slice(3, 5), slice(-3, None), slice(None))
+    for item, cut in zip(range(shape[0] - 1), cuts, strict=False):
+        mask[item, ..., cut] = 0
+    return mask

@@ -1,0 +1,136 @@
+"""Linear nodes: which weights they multiply by, and where their input has its batch axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.attention.trace import Trace, inputs_of, outputs_of
+from rewriter.core.refusal import Refused
+from rewriter.core.site import Array
+
+BEYOND_LIMIT = 400
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``result = data @ weight_CN + bias_N`` of one node; `source` is the data with a batch axis of its own.
+
+    `rows` is (first, product of the other) row axes of the source.
+    """
+
+    node: ir.Node
+    result: str
+    source: str
+    rows: tuple[int, int]
+    rank: int
+    weight_CN: Array
+    bias_N: Array | None
+    weight_name: str
+    bias_name: str
+    dtype: np.dtype[np.generic]
+
+
+def read_linear(trace: Trace, node: ir.Node) -> Linear:
+    """What a linear node multiplies by, from the graph's constants; raises `Refused` for forms rewrites cannot map."""
+    found = trace.linear(node)
+    if found is None or found[0] != 0 or node.op_type not in ("MatMul", "Gemm"):
+        raise Refused("linear-form", f"linear {node.op_type}", (node.name or "",))
+    names = inputs_of(node)
+    weight = _matrix(trace.value(found[1]))
+    bias: Array | None = None
+    if node.op_type == "Gemm":
+        weight, bias = _gemm(trace, node, weight)
+    data = _with_batch(trace, names[0])
+    shape = trace.shape(data)
+    return Linear(
+        node,
+        outputs_of(node)[0],
+        data,
+        (shape[0], int(np.prod(shape[1:-1]))),
+        len(shape),
+        weight,
+        bias,
+        trace.original_initializer(found[1]),
+        trace.original_initializer(names[2]) if bias is not None else "",
+        trace.weight_dtype(found[1]),
+    )
+
+
+def _matrix(weight: Array) -> Array:
+    if weight.ndim < 2:
+        raise Refused("linear-form", "weight with fewer than two axes")
+    flat = weight.reshape(-1, *weight.shape[-2:])
+    # decomposed torch graphs expand one matrix over the batch
+    if len(flat) > 1 and not (flat == flat[:1]).all():
+        raise Refused("linear-form", "different weights along a leading axis")
+    return flat[0]
+
+
+def _gemm(trace: Trace, node: ir.Node, weight: Array) -> tuple[Array, Array | None]:
+    def attribute(name: str, default: float) -> float:
+        return float(node.attributes[name].value) if name in node.attributes else default
+
+    if attribute("transA", 0):
+        raise Refused("linear-form", "Gemm with transA")
+    weight = (weight.T if attribute("transB", 0) else weight) * attribute("alpha", 1.0)
+    names = inputs_of(node)
+    if len(names) < 3 or not names[2]:
+        return weight, None
+    if names[2] not in trace.fixed:
+        raise Refused("linear-form", "Gemm with a computed bias")
+    bias = trace.value(names[2]) * attribute("beta", 1.0)
+    if bias.size not in (1, weight.shape[1]):
+        raise Refused("linear-form", "Gemm with a bias per row")
+    return weight, np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
+
+
+def _with_batch(trace: Trace, name: str) -> str:
+    """A value with a batch axis that holds the same rows: walks back over reshapes that only merge rows."""
+    width = trace.shape(name)[-1]
+    size = trace.env[name].numel()
+    start = name
+    while len(trace.shape(name)) < 3:
+        node = trace.producer.get(name)
+        if node is None or node.op_type not in ("Reshape", "Identity", "Cast", "Flatten", "Squeeze"):
+            raise Refused("no-batch-axis", f"projection input {start!r} has no batch axis")
+        name = inputs_of(node)[0]
+        if not trace.shape(name) or trace.shape(name)[-1] != width or trace.env[name].numel() != size:
+            raise Refused("no-batch-axis", f"projection input {start!r} has no batch axis")
+    return name
+
+
+def linears_before(trace: Trace, name: str) -> list[ir.Node]:
+    """Linear nodes met first when walking back from a value, nearest first."""
+    found, stack, seen = [], [name], set()
+    while stack and len(seen) <= BEYOND_LIMIT:
+        value = stack.pop(0)
+        node = trace.producer.get(value)
+        if value in seen or value in trace.fixed or node is None or not trace.floating(value):
+            continue
+        seen.add(value)
+        if trace.linear(node):
+            found.append(node)
+        elif not trace.bilinear(node):
+            stack += trace.data_inputs(node)
+    return found
+
+
+def comes_from_inputs(trace: Trace, name: str) -> bool:
+    """Whether a value is made of graph inputs without passing any linear node or product (a cache)."""
+    stack, seen, found = [name], set(), False
+    while stack and len(seen) <= BEYOND_LIMIT:
+        value = stack.pop()
+        if value in seen or value in trace.fixed or not trace.floating(value):
+            continue
+        seen.add(value)
+        node = trace.producer.get(value)
+        if node is None:
+            found = True
+        elif trace.linear(node) or trace.bilinear(node):
+            return False
+        else:
+            stack += trace.data_inputs(node)
+    return found

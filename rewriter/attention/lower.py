@@ -1,0 +1,58 @@
+"""From raised sites back to a graph: regions become composites, and what nothing reads any more is removed.
+
+Nothing of the old region is patched. The new nodes are made from the description alone, under the old name of the
+result, so the same site always gives the same bytes, whatever its sizes have become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from rewriter.attention.build import Builder
+from rewriter.attention.emit import emit
+from rewriter.attention.paths import Paths
+from rewriter.attention.shapes import free_shapes, install
+from rewriter.core.site import FeedForwardSite, Site
+from rewriter.graph.composites import COMPOSITE_DOMAIN, COMPOSITE_VERSION
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.graph.stepper import Fragment
+
+
+def lower(graph: OnnxGraph, sites: Iterable[Site]) -> OnnxGraph:
+    """A new graph with composites in place of the sites' regions. The given graph stays as it is.
+
+    Inputs, outputs, dtypes and dynamic axes are unchanged; weights are the sites' own. Raises `Refused` for a site
+    without an output projection, `ModelError` for a site of another graph.
+    """
+    lowered = graph.clone()
+    lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
+    paths = Paths(lowered)
+    for site in sites:
+        builder = Builder(site.id, lowered.opset, lowered.value)
+        emit(builder, paths, site)
+        install(lowered, builder)
+    lowered.model.graph.sort()
+    free_shapes(graph, lowered)
+    lowered.model.graph.sort()
+    RemoveUnusedNodesPass()(lowered.model)
+    return lowered
+
+
+def fragment(graph: OnnxGraph, site: Site) -> Fragment:
+    """One site as nodes of its own, to run on top of the graph's values. Its output is the site's result.
+
+    A cache that the site makes is made anew as well. Raises like `lower`.
+    """
+    builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name))
+    emit(builder, Paths(graph), site)
+    return Fragment(tuple(builder.nodes), builder.constants, (result_of(site),))
+
+
+def result_of(site: Site) -> str:
+    """The graph's name for what a site computes; "" if its output projection is unknown."""
+    if isinstance(site, FeedForwardSite):
+        return site.output
+    return site.output.value if site.output else ""

@@ -1,0 +1,114 @@
+"""Operands of an attention product: where queries, keys and values enter, whatever axis order the product uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.attention.trace import Trace, inputs_of, outputs_of
+from rewriter.core.refusal import Refused
+from rewriter.core.site import Array
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value and how to read it as (lead..., tokens, dim).
+
+    With `split` > 0 the last axis of a (batch, tokens, split * dim) value is cut into that many heads. `axes` then
+    permutes, and `lead` is the shape the leading axes broadcast to inside the product.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    lead: tuple[int, ...]
+    split: int = 0
+
+    def arrange(self, array: Array) -> Array:
+        """An array of the value's shape as (lead..., tokens, dim), broadcast as the product would."""
+        if self.split:
+            array = array.reshape(*array.shape[:-1], self.split, array.shape[-1] // self.split)
+        array = np.transpose(array, self.axes)
+        return np.broadcast_to(array, (*self.lead, *array.shape[-2:]))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the value is a four-dimensional (batch, heads, dim, tokens)."""
+        return self.axes == (0, 1, 3, 2) and not self.split
+
+    @property
+    def straight(self) -> bool:
+        """Whether the value is a four-dimensional (batch, heads, tokens, dim)."""
+        return self.axes == (0, 1, 2, 3) and not self.split
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two activations: left (lead..., rows, inner) times right (lead..., inner, columns).
+
+    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` is laid out (lead, rows, columns).
+    """
+
+    node: ir.Node
+    left: Operand
+    right: Operand
+    result: str
+
+
+def matrix_product(trace: Trace, node: ir.Node) -> Product:
+    """Left and right operand of a MatMul or of an Einsum that is one; raises `Refused` for anything else."""
+    if node.op_type == "Einsum":
+        return _einsum_product(trace, node)
+    left, right = inputs_of(node)
+    a, b = len(trace.shape(left)), len(trace.shape(right))
+    if min(a, b) < 2:
+        raise Refused("product-form", "a product with a vector")
+    result = outputs_of(node)[0]
+    lead = trace.shape(result)[:-2]
+    pad = max(a, b)
+    if a != b:
+        raise Refused("product-form", f"operands of rank {a} and {b}")
+    straight, swapped = tuple(range(pad)), (*range(pad - 2), pad - 1, pad - 2)
+    return Product(node, Operand(left, straight, lead), Operand(right, swapped, lead), result)
+
+
+def _einsum_product(trace: Trace, node: ir.Node) -> Product:
+    equation = node.attributes["equation"].as_string().replace(" ", "")
+    if "->" not in equation or "." in equation:
+        raise Refused("product-form", f"einsum {equation}")
+    terms, result = equation.split("->")
+    left, right = terms.split(",")
+    shared = [c for c in result if c in left and c in right]
+    rows = [c for c in result if c in left and c not in right]
+    columns = [c for c in result if c in right and c not in left]
+    inner = [c for c in left if c in right and c not in result]
+    plain = all(len(set(term)) == len(term) for term in (left, right, result))
+    if not plain or any(len(part) != 1 for part in (rows, columns, inner)):
+        raise Refused("product-form", f"einsum {equation}")
+    names, shapes = inputs_of(node), [trace.shape(name) for name in inputs_of(node)]
+    sizes = dict(zip(left + right, (*shapes[0], *shapes[1]), strict=True))
+    lead = tuple(sizes[c] for c in shared)
+    if result != "".join([*shared, *rows, *columns]):
+        raise Refused("product-form", f"einsum {equation} with its result permuted")
+    return Product(
+        node,
+        Operand(names[0], tuple(left.index(c) for c in [*shared, *rows, *inner]), lead),
+        Operand(names[1], tuple(right.index(c) for c in [*shared, *columns, *inner]), lead),
+        outputs_of(node)[0],
+    )
+
+
+def slots(operand: Operand, array: Array, batch: int) -> Array:
+    """(batch, heads, tokens, dim) of an operand's value; raises `Refused` if its slots are no multiple of batch."""
+    arranged = operand.arrange(array)
+    count = int(np.prod(operand.lead))
+    if count % batch:
+        raise Refused("folded-axes", f"{count} slots for a batch of {batch}")
+    return arranged.reshape(batch, count // batch, *arranged.shape[-2:])
+
+
+def four_dimensional(shape: Sequence[int]) -> bool:
+    """Whether a shape can be (batch, heads, tokens, dim)."""
+    return len(shape) == 4

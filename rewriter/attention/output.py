@@ -1,0 +1,100 @@
+"""From the attention result to its output projection: which rows of W_O each head feeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.attention.linears import Linear, read_linear
+from rewriter.attention.operands import Operand
+from rewriter.attention.trace import SHAPES, VIEWS, Trace, inputs_of, label, outputs_of
+from rewriter.attention.views import view_between
+from rewriter.core.refusal import Refused
+from rewriter.core.site import Array, OutputProjection
+
+
+@dataclass(frozen=True)
+class RaisedOutput:
+    """The output projection and its node. The factor its path multiplies by is already in the weights."""
+
+    projection: OutputProjection
+    linear: Linear
+
+
+def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor: float, source: str) -> RaisedOutput:
+    """The output projection of an attention result laid out as `context` says.
+
+    `factor` is what the value path multiplies by; `source` names the query input, whose leading axes a result with
+    several token axes takes. Raises `Refused` if anything but a view lies between, or if the result is read elsewhere.
+    """
+    node = _single_linear(trace, context.name)
+    linear = read_linear(trace, node)
+    data = inputs_of(node)[0]
+    view = view_between(trace, context.name, data)
+    if view is None:
+        raise Refused("output-path", "the way to the output projection is no view", (label(node),))
+    rows_HD, time_first = _rows(trace, context, data, view.element, heads, batch)
+    weight = linear.weight_CN[rows_HD] * (factor * view.factor)
+    rank = len(trace.shape(data))
+    if rank > 3 and (not source or trace.shape(source)[:-1] != trace.shape(data)[:-1]):
+        raise Refused("output-layout", "the result has several token axes", (label(node),))
+    bias = linear.bias_N
+    if view.offset.any():
+        raise Refused("output-path", "something is added before the output projection", (label(node),))
+    projection = OutputProjection(
+        value=linear.result,
+        weight_HDC=weight.astype(linear.dtype),
+        bias_C=None if bias is None or not bias.any() else bias.astype(linear.dtype),
+        weight_name=linear.weight_name,
+        bias_name=linear.bias_name,
+        rank=rank,
+        time_first=time_first,
+        flatten_like=source if rank > 3 else "",
+    )
+    return RaisedOutput(projection, linear)
+
+
+def _single_linear(trace: Trace, context: str) -> ir.Node:
+    stack, seen, linears = [context], set(), []
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in trace.outputs:
+            raise Refused("result-exposed", "the attention result is a graph output")
+        for node in trace.consumers[name]:
+            if trace.linear(node):
+                linears.append(node)
+            elif (node.op_type in VIEWS and name == inputs_of(node)[0]) or (node.op_type in ("Mul", "Div") and any(i in trace.shaped for i in inputs_of(node))):
+                stack += outputs_of(node)
+            elif node.op_type not in SHAPES:
+                raise Refused("output-path", f"{node.op_type} between attention and output projection", (label(node),))
+    if len(linears) != 1:
+        raise Refused("output-projections", f"{len(linears)} output projections", tuple(map(label, linears)))
+    return linears[0]
+
+
+def _rows(trace: Trace, context: Operand, data: str, element: Array, heads: int, batch: int) -> tuple[Array, bool]:
+    """(row of W_O for each head and dim, whether tokens come before batch items)."""
+    arranged = context.arrange(np.arange(trace.value(context.name).size).reshape(trace.shape(context.name)))
+    tokens, dim = arranged.shape[-2:]
+    if arranged.size != batch * heads * tokens * dim:
+        raise Refused("output-layout", "slots of the attention result")
+    place = np.empty(arranged.size, np.int64)
+    place[arranged.reshape(-1)] = np.arange(arranged.size)
+    width = trace.shape(data)[-1]
+    if width != heads * dim or element.size != arranged.size:
+        raise Refused("output-layout", "the output projection reads more than this attention")
+    b, h, t, d = np.unravel_index(place[element.reshape(-1)], (batch, heads, tokens, dim))
+    row = np.arange(element.size) // width
+    for time_first in (False, True):
+        if np.array_equal(row, t * batch + b if time_first else b * tokens + t):
+            rows_HD = np.full((heads, dim), -1)
+            rows_HD[h[:width], d[:width]] = np.arange(width)
+            same = rows_HD[h, d] == np.arange(element.size) % width
+            if (rows_HD >= 0).all() and same.all():
+                return rows_HD, time_first
+    raise Refused("output-layout", "token order of the output projection")

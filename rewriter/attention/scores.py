@@ -1,0 +1,116 @@
+"""The score function from content product to softmax input: scale, soft cap and what is added, from random probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewriter.attention.trace import Trace, close, inputs_of, outputs_of
+from rewriter.core.errors import ModelError
+from rewriter.core.refusal import Refused
+from rewriter.core.site import Array, ScoreBias
+
+MASKED = 1e3  # an additive term beyond this hides the content in the probe
+FAR = 1e6
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """``scores = cap(slope * product) + offset``; `offset` has the shape of the scores (slots..., S, T)."""
+
+    slope: float
+    softcap: float
+    offset: Array
+
+
+def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
+    """Scale, cap and additive part of one candidate product; raises `Refused` if scores are no such function of it."""
+    shape = trace.shape(scores)
+    if int(np.prod(trace.shape(product))) != int(np.prod(shape)):
+        raise Refused("not-the-content", "the product and the scores differ in size")
+    random = np.random.default_rng(0).standard_normal(trace.shape(product))
+    probes = trace.probe(product, scores, [0 * random, random, 2 * random, FAR * np.sign(random), 1e-3 * random])
+    if probes is None:
+        raise Refused("not-the-content", "the product does not reach the scores")
+    zero, one, two, far, small = probes
+    free = np.isfinite(zero) & (np.abs(zero) < MASKED) & np.isfinite(one)
+    if not free.any():
+        raise Refused("all-masked", "every score is masked in the probe")
+    raw = random.reshape(shape)
+    slope = _slope(small[free] - zero[free], 1e-3 * raw[free])
+    bound = float(np.abs(far[free] - zero[free]).max())
+    softcap = bound if bound < 0.5 * FAR * abs(slope) else 0.0
+    if softcap:
+        slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
+    for factor, got in ((1.0, one), (2.0, two)):
+        content = factor * slope * raw
+        expected = softcap * np.tanh(content / softcap) if softcap else content
+        if slope == 0.0 or not close(got[free] - zero[free], expected[free], 1e-8):
+            raise Refused("unknown-score-function", "scores are no affine or capped function of the content product")
+    return ScoreFunction(tidy(slope), tidy(softcap), zero)
+
+
+def _slope(effect: Array, raw: Array) -> float:
+    return float((effect * raw).sum() / (raw * raw).sum())
+
+
+def _capped_slope(effect: Array, raw: Array, softcap: float, guess: float) -> float:
+    ratio = np.clip(effect / softcap, -0.999999, 0.999999)
+    usable = np.abs(ratio) < 0.9
+    if not usable.any():
+        return guess
+    return _slope(softcap * np.arctanh(ratio[usable]), raw[usable])
+
+
+def tidy(value: float) -> float:
+    """The float32 that a constant was stored as, where the measured value is one up to rounding of the probe."""
+    single = float(np.float32(value))
+    return single if abs(single - value) <= 1e-12 * abs(value) else value
+
+
+def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) -> ScoreBias:
+    """The additive part `zero` as a reference: a value that is added, or the graph's own path with a product of zeros."""
+    if zero.ndim > 4:
+        raise Refused("score-rank", f"scores with {zero.ndim} axes")
+    if not zero.any():
+        return ScoreBias()
+    folded = zero.ndim == 3
+    added = _added_value(trace, product, scores)
+    if added:
+        shape = trace.shape(added)
+        if not folded:
+            return ScoreBias("value", added, heads_axis=shape[-3] if len(shape) > 2 else 1)
+        if len(shape) < 3 or shape[0] == 1:
+            return ScoreBias("value", added)
+        if shape == zero.shape:
+            return ScoreBias("value", added, heads_axis=heads, folded=True)
+    tiny = np.zeros([1] * len(trace.shape(product)))
+    small = _try_probe(trace, product, scores, tiny) if not folded else None
+    if small is not None and small.ndim == 4 and np.array_equal(np.broadcast_to(small, zero.shape), zero):
+        return ScoreBias("path", product, scores, heads_axis=small.shape[1])
+    return ScoreBias("path", product, scores, full_shape=True, heads_axis=heads, folded=folded)
+
+
+def _try_probe(trace: Trace, source: str, target: str, replacement: Array) -> Array | None:
+    try:
+        found = trace.probe(source, target, [replacement])
+    except ModelError:  # a reshape on the way needs the full shape
+        return None
+    return found[0] if found else None
+
+
+def _added_value(trace: Trace, product: str, scores: str) -> str:
+    """B where ``scores = A(product) + B`` and A(0) = 0, so that B is there already; "" otherwise."""
+    inside = {product}.union(*(outputs_of(node) for node in trace.between(product, scores) or []))
+    node = trace.producer[scores]
+    while node.op_type in ("Identity", "Cast") and inputs_of(node)[0] in inside:
+        node = trace.producer[inputs_of(node)[0]]
+    if node.op_type != "Add":
+        return ""
+    flags = [name in inside for name in inputs_of(node)]
+    if sum(flags) != 1:
+        return ""
+    on, off = inputs_of(node)[flags.index(True)], inputs_of(node)[flags.index(False)]
+    probed = trace.probe(product, on, [np.zeros(trace.shape(product))])
+    return "" if probed is None or probed[0].any() or not trace.floating(off) else off

@@ -1,0 +1,197 @@
+"""One anchor becomes one raised site: operands, scores, output, classification. Nothing of the graph is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from rewriter.attention.anchors import Anchor, read_elsewhere, softmax_anchor
+from rewriter.attention.linears import comes_from_inputs
+from rewriter.attention.masks import classify
+from rewriter.attention.operands import Operand, Product, matrix_product
+from rewriter.attention.output import RaisedOutput, raise_output
+from rewriter.attention.projections import Raised, raise_operand
+from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, tidy
+from rewriter.attention.trace import Trace, label, outputs_of
+from rewriter.core.refusal import Refusal, Refused
+from rewriter.core.site import Array, AttentionSite, Projection, ScoreBias, State
+
+
+@dataclass(frozen=True)
+class Core:
+    """What every anchor gives, however it is spelled: three operands, a score function, a result."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    context: Operand
+    scale: float
+    softcap: float
+    bias: ScoreBias
+    offset: Array | None  # additive part for classification, (slots..., S, T)
+    empty_rows: Literal["nan", "zero"]
+    probabilities: str
+    nodes: tuple[ir.Node, ...]
+    inner: tuple[str, ...]  # values that must not survive the lowering
+
+
+def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
+    """The site around one Softmax; None if it is no attention; raises `Refused` if it is not understood."""
+    anchor = softmax_anchor(trace, node)
+    if anchor is None:
+        return None
+    product, function = _content(trace, anchor)
+    values = _values_product(trace, anchor)
+    query = product.left
+    value_axes = (*values.right.axes[:-2], values.right.axes[-1], values.right.axes[-2])
+    value = Operand(values.right.name, value_axes, values.right.lead)
+    lead = values.right.lead
+    context = Operand(values.result, tuple(range(len(trace.shape(values.result)))), lead)
+    raised = _operands(trace, query, product.right, value)
+    heads = len(raised[0].projection.head_of)
+    bias = read_bias(trace, product.result, anchor.scores, heads, function.offset)
+    core = Core(
+        query,
+        product.right,
+        value,
+        context,
+        function.slope,
+        function.softcap,
+        bias,
+        function.offset,
+        _empty_rows(trace, anchor),
+        anchor.probabilities,
+        (product.node, node, values.node),
+        (product.result, anchor.probabilities, values.result),
+    )
+    return assemble(trace, core, raised)
+
+
+def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
+    """The one product the scores are an element-wise function of; position terms fail that test."""
+    found, why = [], Refused("no-content-term", "no product of queries and keys reaches the scores")
+    for node in anchor.candidates:
+        try:
+            found.append((node, read_scores(trace, outputs_of(node)[0], anchor.scores)))
+        except Refused as problem:
+            why = problem
+    if len(found) > 1:
+        nodes = tuple(label(node) for node, _ in found)
+        raise Refused("several-content-terms", "more than one product could be queries times keys", nodes)
+    if not found:
+        raise why
+    return matrix_product(trace, found[0][0]), found[0][1]
+
+
+def _values_product(trace: Trace, anchor: Anchor) -> Product:
+    reader = anchor.reader
+    if reader.position != 0:
+        raise Refused("value-product", "probabilities are the right operand of the product", (label(reader.node),))
+    product = matrix_product(trace, reader.node)
+    before, behind = trace.value(anchor.probabilities), product.left.arrange(trace.value(reader.consumed))
+    same = before.size == behind.size and before.shape[-2:] == behind.shape[-2:]
+    if not same or not np.array_equal(np.nan_to_num(before).reshape(behind.shape), behind):
+        raise Refused("probabilities-changed", "probabilities are changed before they meet the values")
+    return product
+
+
+def _empty_rows(trace: Trace, anchor: Anchor) -> Literal["nan", "zero"]:
+    tainted = np.full(trace.shape(anchor.probabilities), np.nan)
+    arrived = trace.probe(anchor.probabilities, anchor.reader.consumed, [tainted])
+    return "nan" if arrived is None or np.isnan(arrived[0]).any() else "zero"
+
+
+def _operands(trace: Trace, query: Operand, key: Operand, value: Operand) -> tuple[Raised, Raised, Raised]:
+    raised = (raise_operand(trace, query), raise_operand(trace, key), raise_operand(trace, value))
+    if len({r.batch for r in raised}) != 1:
+        raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in raised]}")
+    if len({len(r.projection.head_of) for r in raised}) != 1:
+        raise Refused("head-counts", "operands with different numbers of heads")
+    return raised
+
+
+def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) -> AttentionSite:
+    """The site of a core whose operands are raised. A missing output projection leaves it merely found."""
+    query, key, value = raised
+    heads, batch = len(query.projection.head_of), query.batch
+    problems: list[Refusal] = []
+    output: RaisedOutput | None = None
+    try:
+        output = raise_output(trace, core.context, heads, batch, value.factor, query.projection.source)
+    except Refused as problem:
+        problems.append(problem.refusal)
+    tokens, keys = _lengths(trace, core, batch)
+    linears = [r.linear.node for r in raised if r.linear] + ([output.linear.node] if output else [])
+    last = output.projection.value if output else core.context.name
+    escapes = read_elsewhere(trace, core.probabilities, last) if core.probabilities else ()
+    if escapes:
+        problems.append(Refusal("exposed-probabilities", f"{', '.join(escapes)} reads the probabilities", escapes))
+    site = AttentionSite(
+        id="",
+        query=query.projection,
+        key=key.projection,
+        value=value.projection,
+        output=output.projection if output else None,
+        heads=heads,
+        scale=tidy(core.scale * query.factor * key.factor),
+        softcap=core.softcap,
+        bias=core.bias,
+        empty_rows=core.empty_rows,
+        cross=_cross(trace, query.projection, key.projection),
+        escapes=escapes,
+        nodes=tuple(dict.fromkeys(label(node) for node in (*core.nodes, *linears))),
+        problems=tuple(problems),
+        example_shape=(batch, tokens, keys),
+        order=trace.position(last),
+        names={"context": core.context.name, "probabilities": core.probabilities, "inner": "\n".join(core.inner)},
+    )
+    return _classified(_bias_dependence(trace, site, raised), core, batch, heads)
+
+
+def _lengths(trace: Trace, core: Core, batch: int) -> tuple[int, int]:
+    def tokens(operand: Operand) -> int:
+        return int(operand.arrange(trace.value(operand.name)).shape[-2])
+
+    return tokens(core.query), tokens(core.key)
+
+
+def _cross(trace: Trace, query: Projection, key: Projection) -> bool:
+    if key.opaque:
+        return comes_from_inputs(trace, key.opaque)
+    return bool(query.source) and key.source != query.source
+
+
+def _bias_dependence(trace: Trace, site: AttentionSite, raised: tuple[Raised, Raised, Raised]) -> AttentionSite:
+    """A bias made from queries or keys is kept as a value, and named: some rewrites must refuse it."""
+    target = site.bias.value if site.bias.kind == "value" else ""
+    problems = list(site.problems)
+    for role, operand in zip(("query", "key"), raised, strict=False):
+        if target and operand.linear and trace.between(operand.linear.result, target):
+            why = f"an additive term of the scores is computed from the {role} projection"
+            problems.append(Refusal(f"bias-depends-on-{role}", why, (target,)))
+    return replace(site, problems=tuple(problems))
+
+
+def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> AttentionSite:
+    if core.offset is None:
+        return replace(site, state=State.MAPPED if site.mapped else State.FOUND)
+    offset = core.offset
+    if offset.size % (batch * heads * offset.shape[-1] * offset.shape[-2]) == 0:
+        offset = offset.reshape(batch, -1, *offset.shape[-2:])
+    mask, causal, soft = classify(offset)
+    turned = site.query.rotary is not None or site.key.rotary is not None
+    position: Literal["none", "rotary", "bias", "opaque"] = "rotary" if turned else "bias" if soft else "none"
+    if position == "none" and "" not in (site.query.opaque, site.key.opaque):
+        position = "opaque"
+    state = State.MAPPED if site.mapped else State.FOUND
+    return replace(site, mask=mask, causal=causal, position=position, state=state)
+
+
+def raise_anchor(trace: Trace, node: ir.Node) -> AttentionSite | None:
+    """The site whose anchor is this node; None for nodes that are none; raises `Refused` if it is not understood."""
+    if node.op_type == "Softmax" and not node.domain:
+        return raise_softmax(trace, node)
+    return None
