@@ -54,7 +54,7 @@ def one_node(
     results = [helper.make_empty_tensor_value_info(name) for name in outputs if name]
     graph = helper.make_graph([node], "one", infos, results, weights)
     imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    return helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 22 else 10)
+    return helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 22 else 10 if opset < 25 else 13)
 
 
 def graph_of(proto: onnx.ModelProto) -> OnnxGraph:

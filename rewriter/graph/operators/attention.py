@@ -66,33 +66,49 @@ def attention(
     )
     capped = soft_cap(product, call.get("softcap", 0.0))
     scores = _masked(call, capped, mask, past, valid_lengths)
-    weights = (
-        torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) if torch.isneginf(scores).any() else scores.softmax(-1)
-    )
+    weights = _probabilities(call, scores)
     result = weights @ repeat_heads(value, query.shape[1])
-    # Mode 1 is after the soft-cap where it comes first (onnx 1.20), mode 2 after the mask as well.
-    kept = (
-        {0: product, 1: capped, 2: scores, 3: weights}[call.get("qk_matmul_output_mode", 0)] if call.wants(3) else None
-    )
+    # What the fourth output shows: the product, after the soft-cap, after the mask as well, or the probabilities.
+    shown = (product, capped, scores, weights)[call.get("qk_matmul_output_mode", 0)]
+    kept = shown if call.wants(3) else None
     return (merge_heads(result) if flat else result), key, value, kept
+
+
+def _probabilities(call: Call, scores: Tensor) -> Tensor:
+    """Softmax in the precision asked for; a row without any allowed key gives zeros."""
+    precision = call.get("softmax_precision")
+    weights = torch.softmax(scores.to(call.dtype(precision)) if precision else scores, -1).to(scores.dtype)
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    return weights.masked_fill(empty, 0.0) if bool(empty.any()) else weights
 
 
 def _masked(call: Call, scores: Tensor, mask: Tensor | None, past: int, valid_lengths: Tensor | None) -> Tensor:
     rows, columns = scores.shape[-2:]
+    shift: int | Tensor = past
     if valid_lengths is not None:
-        shown = torch.arange(columns) < valid_lengths[:, None, None, None]
-        scores = scores.masked_fill(~shown, -math.inf)
+        lengths = valid_lengths.reshape(-1, 1, 1, 1)
+        scores = scores.masked_fill(torch.arange(columns) >= lengths, -math.inf)
+        shift = past or lengths - rows
     if call.get("is_causal"):
-        shift: int | Tensor = past
-        if valid_lengths is not None and not past:
-            shift = (valid_lengths[:, None, None, None] - rows).clamp(min=0)
         scores = scores.masked_fill(~causal_mask(rows, columns, shift), -math.inf)
+    scores = _windowed(call, scores, shift)
     if mask is None:
         return scores
     if mask.shape[-1] < columns:  # the standard lets a mask be shorter than the keys: the rest is hidden
         fill = False if mask.dtype == torch.bool else -math.inf
         mask = functional.pad(mask, (0, columns - mask.shape[-1]), value=fill)
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _windowed(call: Call, scores: Tensor, shift: int | Tensor) -> Tensor:
+    """Keys hidden that lie further from the query than the window reaches on its side."""
+    left, right = call.get("left_window_size", -1), call.get("right_window_size", -1)
+    if left < 0 and right < 0:
+        return scores
+    rows, columns = scores.shape[-2:]
+    distance = torch.arange(columns) - (torch.arange(rows)[:, None] + shift)
+    hidden = (distance < -left) if left >= 0 else torch.zeros_like(distance, dtype=torch.bool)
+    return scores.masked_fill(hidden | (distance > right) if right >= 0 else hidden, -math.inf)
 
 
 @operator("RotaryEmbedding", since=23)

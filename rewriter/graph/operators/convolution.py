@@ -78,11 +78,10 @@ def _transposed_pads(call: Call, sizes: list[int], full: list[int], strides: lis
     wanted = target[-space:] if target is not None else [size * s for size, s in zip(sizes, strides, strict=True)]
     begins, ends = [], []
     for i in range(space):
-        total = full[i] - wanted[i]
-        small, large = total // 2, total - total // 2
-        begin, end = (large, small) if mode == "SAME_LOWER" else (small, large)
+        total = max(full[i] - wanted[i], 0)
+        begin = total // 2 if mode == "SAME_UPPER" else total - total // 2
         begins.append(begin)
-        ends.append(end)
+        ends.append(full[i] - wanted[i] - begin)  # negative where the output is longer than what is computed
     return begins + ends
 
 
