@@ -8,6 +8,7 @@ the output of the block should be.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +89,10 @@ class AttentionStatistics:
     def regression(self) -> Regression:
         """What the output projection is fitted on."""
         return self.features
+
+    def keep_heads(self, heads: Sequence[int], key_heads: Sequence[int]) -> AttentionStatistics:
+        """Only these query heads, and only these heads of the keys; the features stay."""
+        return AttentionStatistics(self.query_HDD[list(heads)], self.key_GDD[list(key_heads)], self.features)
 
     def with_regression(self, regression: Regression) -> AttentionStatistics:
         """The same Grams of queries and keys, other features."""
