@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -77,9 +76,10 @@ def build(
 ) -> Path:
     """Write an artifact for `graph` at each of `shapes` to `folder` and return it.
 
-    `cache` keeps compiled code by structure: the same graph with other weights compiles nothing. `pad` gives for each input the value with which
-    shorter axes may be filled up to a bucket; without it only exact shapes run. Whether padding is sound is for the caller to
-    verify. The folder appears whole or not at all. Raises `UnsupportedOperator`, `OptionError`, `OutputError`.
+    `cache` keeps compiled code by structure: the same graph with other weights compiles nothing. `pad` gives for each
+    input the value with which shorter axes may be filled up to a bucket; without it only exact shapes run. Whether
+    padding is sound is for the caller to verify. The folder appears whole or not at all. Raises `UnsupportedOperator`,
+    `OptionError`, `OutputError`.
     """
     module = lower(graph, shapes, target, tiles)
     try:
@@ -147,9 +147,9 @@ def _describe(name: str, dtype: str, shape: Sequence[int | str | None]) -> dict[
 
 
 def _replace(work: Path, folder: Path) -> None:
-    """Put a finished folder in place. Files are renamed one by one, the manifest last, when the folder exists already."""
+    """Put a finished folder in place; in one that exists, file by file, the manifest last."""
     if not folder.exists():
-        os.replace(work, folder)
+        work.replace(folder)
         return
     for name in (CODE, WEIGHTS, MANIFEST):
-        os.replace(work / name, folder / name)
+        (work / name).replace(folder / name)

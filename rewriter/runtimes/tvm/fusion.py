@@ -19,6 +19,7 @@ _ACTIVATIONS = {"Gelu": "gelu", "Relu": "relu", "Tanh": "tanh", "QuickGelu": "qu
 
 def fuse(program: Program) -> None:
     """Rewrite the program in place; its meaning stays."""
+    skip_identities(program)
     share_equal_nodes(program)
     _each(program, _as_linear)
     _each(program, _bias)
@@ -31,8 +32,21 @@ def fuse(program: Program) -> None:
     program.prune()
 
 
+def skip_identities(program: Program) -> None:
+    """Readers of a copy read the original, unless the copy is a graph output."""
+    renamed: dict[str, str] = {}
+    kept: list[Node] = []
+    for node in program.nodes:
+        node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
+        if node.key == "Identity" and node.outputs[0] not in program.outputs:
+            renamed[node.outputs[0]] = node.inputs[0]
+        else:
+            kept.append(node)
+    program.nodes = kept
+
+
 def share_equal_nodes(program: Program) -> None:
-    """Nodes that compute the same from the same inputs become one (masks are rebuilt in every layer of many exports)."""
+    """Nodes that compute the same from the same inputs become one: many exports rebuild masks in every layer."""
     seen: dict[object, Node] = {}
     renamed: dict[str, str] = {}
     kept: list[Node] = []
@@ -61,7 +75,9 @@ class _View:
 
 def _each(program: Program, rule: Callable[[_View, Node], tuple[Node, tuple[Node, ...]] | None]) -> None:
     """Apply a rule to every node: it gives the replacement and the nodes that it swallowed."""
-    view, replaced, gone = _View(program), [], set()
+    view = _View(program)
+    replaced: list[Node] = []
+    gone: set[int] = set()
     for node in program.nodes:
         found = rule(view, node)
         if found is None:
@@ -85,7 +101,9 @@ def _as_linear(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None:
     if node.op == "Gemm":
         scales = float(node.attributes.get("alpha", 1.0)), float(node.attributes.get("beta", 1.0))
         bias = node.input(2)
-        simple = not bias or (program.constant(bias) is not None and program.shape(bias) == program.shape(node.outputs[0])[-1:])
+        simple = not bias or (
+            program.constant(bias) is not None and program.shape(bias) == program.shape(node.outputs[0])[-1:]
+        )
         if int(node.attributes.get("transA", 0)) or scales != (1.0, 1.0) or not simple:
             return None
         if int(node.attributes.get("transB", 0)):
@@ -121,7 +139,11 @@ def _activation(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None
     """Linear, then an activation that the epilogue knows."""
     name = _ACTIVATIONS.get(node.op)
     linear = _open_linear(view, node.inputs[0]) if name else None
-    if linear is None or name is None or (node.op == "QuickGelu" and abs(node.attributes.get("alpha", 1.702) - 1.702) > 1e-6):
+    if (
+        linear is None
+        or name is None
+        or (node.op == "QuickGelu" and abs(node.attributes.get("alpha", 1.702) - 1.702) > 1e-6)
+    ):
         return None
     if node.op == "Gelu" and node.attributes.get("approximate", "none") == "tanh":
         name = "gelu_tanh"
@@ -156,7 +178,9 @@ def _as_norm(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None:
         return None
     attributes = {"kind": kind, "epsilon": float(node.attributes.get("epsilon", 1e-5))}
     inputs = (node.inputs[0], "", node.inputs[1], node.input(2))
-    return replace(node, op="Norm", domain="rewriter", inputs=inputs, outputs=node.outputs[:1], attributes=attributes), ()
+    return replace(
+        node, op="Norm", domain="rewriter", inputs=inputs, outputs=node.outputs[:1], attributes=attributes
+    ), ()
 
 
 def _sum_then_norm(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None:
@@ -216,7 +240,7 @@ def _pack(program: Program, members: list[Node]) -> None:
         start += weight.shape[1]
         weights.append(weight)
         biases.append(np.zeros(weight.shape[1], np.float32) if bias is None else bias)
-    inputs = (members[0].inputs[0], f"{name}/weight")
+    inputs: tuple[str, ...] = (members[0].inputs[0], f"{name}/weight")
     program.values[inputs[1]] = Value.of(inputs[1], np.concatenate(weights, 1))
     if any(node.input(2) for node in members):
         inputs = (*inputs, f"{name}/bias")

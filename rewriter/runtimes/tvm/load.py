@@ -62,7 +62,7 @@ class TvmExecutable:
     # ---- one run
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name. Inputs shorter than a bucket are padded and outputs cropped where the artifact allows it.
+        """All outputs by name. Inputs shorter than a bucket are padded and outputs cropped if the artifact allows it.
 
         Raises `DataError` when inputs are missing or fit no bucket.
         """
@@ -118,7 +118,9 @@ class TvmExecutable:
                 return bucket
         given = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in arrays.items())
         largest = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.buckets[-1]["inputs"].items())
-        raise DataError(f"inputs {given} fit no shape that was built; the largest is {largest}", "Build with their shape")
+        raise DataError(
+            f"inputs {given} fit no shape that was built; the largest is {largest}", "Build with their shape"
+        )
 
     def _holds(self, name: str, given: tuple[int, ...], built: tuple[int, ...]) -> bool:
         if given == built:

@@ -1,7 +1,7 @@
 """From a graph and concrete input shapes to a `Program`: shape arithmetic is folded away.
 
-The graph is run once at these shapes. A value that depends on nothing but shapes and constants becomes a constant; every
-other value only lends its shape and dtype.
+The graph is run once at these shapes. A value that depends on nothing but shapes and constants becomes a constant;
+every other value only lends its shape and dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from rewriter.runtimes.tvm.program import Node, Program, Value
 
 ENGINE = "TVM"
 _SHAPE_ONLY = frozenset({"Shape", "Size"})
-_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 def specialise(graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Program:
@@ -36,9 +38,9 @@ def specialise(graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Progr
     values = {}
     for name, array in {**feeds, **known}.items():
         values[name] = Value(name, tuple(array.shape), array.dtype, array if name in static else None)
-    for name, array in constants.items():
-        if array is not None:
-            values[name] = Value.of(name, np.asarray(array))
+    for name, constant in constants.items():
+        if constant is not None:
+            values[name] = Value.of(name, np.asarray(constant))
     nodes = [_node(node, graph) for node in graph.topological() if not _folded(node, static)]
     program = Program(
         tuple(spec.name for spec in graph.inputs), tuple(spec.name for spec in graph.outputs), nodes, values
@@ -89,7 +91,9 @@ def _node(node: ir.Node, graph: OnnxGraph) -> Node:
     for name, attribute in node.attributes.items():
         if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
             raise UnsupportedOperator(ENGINE, node.op_type, label, "control flow that depends on data")
-        attributes[name] = attribute.as_tensor().numpy() if attribute.type == ir.AttributeType.TENSOR else attribute.value
+        attributes[name] = (
+            attribute.as_tensor().numpy() if attribute.type == ir.AttributeType.TENSOR else attribute.value
+        )
     return Node(
         node.op_type,
         node.domain,

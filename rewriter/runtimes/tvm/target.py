@@ -13,7 +13,19 @@ from rewriter.core.target import Target
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Flags in the order of their worth to the kernels; what a target may not use is found by leaving flags out.
-RELEVANT = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+RELEVANT = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+)
 V4 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 V3 = frozenset({"avx2", "fma"})
 LLVM_NAMES = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16"}
@@ -24,7 +36,8 @@ DEFAULT_L1, DEFAULT_L2, DEFAULT_L3 = 32 << 10, 1 << 20, 16 << 20
 def detect(text: str = "cpu", threads: int | None = None) -> Target:
     """The target that a text names: ``cpu``, ``llvm``, ``llvm -mcpu=NAME``, or the JSON of a TVM target.
 
-    `threads` is how many the artifact will use, one if not given. Raises `OptionError` for anything that this machine cannot run.
+    `threads` is how many the artifact will use, one if not given. Raises `OptionError` for anything that this
+    machine cannot run.
     """
     wanted = _parse(text)
     if wanted["kind"] not in LOCAL_KINDS:
@@ -73,7 +86,9 @@ def _parse(text: str) -> dict[str, Any]:
         try:
             found = json.loads(text)
         except json.JSONDecodeError as error:
-            raise OptionError(f"target {text!r} is not valid JSON: {error}", 'Write it like {"kind": "llvm"}') from error
+            raise OptionError(
+                f"target {text!r} is not valid JSON: {error}", 'Write it like {"kind": "llvm"}'
+            ) from error
         return {"kind": "llvm", **found}
     words = text.split()
     if not words:
@@ -115,7 +130,7 @@ def _mcpu(arch: str, features: frozenset[str]) -> str:
     """An instruction set by name, never a processor: LLVM's guess of the processor is wrong in virtual machines."""
     if arch not in ("x86_64", "AMD64"):
         return "generic"
-    return "x86-64-v4" if V4 <= features else "x86-64-v3" if V3 <= features else "x86-64-v2"
+    return "x86-64-v4" if features >= V4 else "x86-64-v3" if features >= V3 else "x86-64-v2"
 
 
 def _allowed(mcpu: str, features: tuple[str, ...]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def rows_for(vectors: int, target: Target, M: int) -> int:
 
 def default_gemm(spec: gemm.Gemm, target: Target) -> gemm.Tile:
     """Three vectors where they divide the columns, otherwise the width that wastes least; rows balanced over M."""
+
     def waste(vectors: int) -> tuple[int, int]:
         width = vectors * spec.lanes
         return -(-spec.N // width) * width - spec.N, (3, 2, 4, 1).index(vectors)
@@ -51,5 +52,5 @@ def default_gemm(spec: gemm.Gemm, target: Target) -> gemm.Tile:
     most = rows_for(vectors, target, spec.M)
     rows = -(-spec.M // -(-spec.M // most))
     half_l2_rows = max(rows, target.l2_bytes // (2 * 4 * spec.K) // rows * rows)
-    block = 0 if spec.M <= 2 * half_l2_rows else half_l2_rows
-    return gemm.Tile(rows, vectors, 4, block, spec.M >= 4 * rows)
+    block = 0 if 2 * half_l2_rows >= spec.M else half_l2_rows
+    return gemm.Tile(rows, vectors, 8, block, 4 * rows <= spec.M)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 Expression = Any
 Buffer = Any
@@ -42,7 +42,7 @@ def store(buffer: Buffer, value: Expression, *indices: Index) -> None:
 
 def loop(count: int | Expression, parallel: bool = False) -> AbstractContextManager[Any]:
     """A serial loop, or one over the threads of the pool. A loop of one still is a loop: it keeps templates uniform."""
-    return T.parallel(0, count) if parallel else T.serial(0, count)  # type: ignore[no-any-return]
+    return T.parallel(0, count) if parallel else T.serial(0, count)
 
 
 def scratch(shape: Sequence[int], dtype: str = "float32", registers: bool = False) -> Buffer:
@@ -78,7 +78,7 @@ def prim_func(
     outputs: int,
     body: Callable[..., None],
 ) -> Any:
-    """A PrimFunc over buffers (name, shape, dtype), the last `outputs` of which are written. `body` emits statements."""
+    """A PrimFunc over buffers (name, shape, dtype), the last `outputs` of them written. `body` emits statements."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, is_private=True):
             T.func_name(name)

@@ -12,7 +12,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf as exact_erf
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels.emit import Expression, splat
 

@@ -1,8 +1,8 @@
 """Fused attention: softmax(cap(scale Q K^T) + bias) V without ever storing all scores.
 
 Scores of a few queries against a block of keys stay in L1; with more than one block of keys, running maximum and sum
-rescale what was accumulated (M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018; T. Dao et al.,
-"FlashAttention", 2022). Operands are read where projections left them, through strides.
+rescale what was accumulated (M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018;
+T. Dao et al., "FlashAttention", 2022). Operands are read where projections left them, through strides.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from math import prod
 from typing import Any, Literal
 
 import numpy as np
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit, vectors
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec
 from rewriter.runtimes.tvm.kernels.expressions import exp, tanh
-
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -59,7 +58,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Attention:
-    """What one attention computes. `B`, `S`, `T` are batch, queries, keys; heads map to operand heads by `*_head_of`."""
+    """What one attention computes: B batches, S queries, T keys; heads map to operand heads by `*_head_of`."""
 
     B: int
     S: int
@@ -139,7 +138,7 @@ class _Writer:
         self.Q = _flat(rest.pop(0), a.query.shape)
         self.K = _flat(rest.pop(0), a.key.shape)
         self.V = _flat(rest.pop(0), a.value.shape)
-        self.M = None if a.bias is None else _flat(rest.pop(0), a.bias.shape, a.bias.dtype)
+        self.M: Buffer = None if a.bias is None else _flat(rest.pop(0), a.bias.shape, a.bias.dtype)
         self.O = _flat(rest.pop(0), (a.B, a.S, a.heads * a.value.dim))
         with loop(a.B * a.heads, parallel=a.threads > 1) as item, T.sblock("head"):
             self.batch, self.head = (T.int32(0), item) if a.B == 1 else (T.floordiv(item, a.heads), item % a.heads)
@@ -184,7 +183,9 @@ class _Writer:
                     store(square, self.K[vec(at, lanes)] * splat(self.a.scale, lanes), row, vec(0, lanes))
                 vectors.transpose(square, lanes)
                 for row in range(lanes):
-                    store(self.Kt, square[row, vec(0, lanes)], *self._key_slot(strip * lanes, part * lanes + row, lanes))
+                    store(
+                        self.Kt, square[row, vec(0, lanes)], *self._key_slot(strip * lanes, part * lanes + row, lanes)
+                    )
         if full and rest:
             self._pack_scalars(0, full * lanes, dims * lanes, self.a.key.dim)
         if left:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit
 from rewriter.runtimes.tvm.kernels.emit import Buffer, loop, store

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Index, loop, splat, store, vec
@@ -47,7 +47,7 @@ class Gemm:
     threads: int = 1
 
     @property
-    def M(self) -> int:
+    def M(self) -> int:  # noqa: N802
         """Rows."""
         return int(np.prod(self.leading, dtype=np.int64))
 
@@ -95,8 +95,8 @@ class _Writer:
         rest = list(buffers)
         self.A = emit.flat(rest.pop(0), (gemm.M, gemm.K))
         self.B = rest.pop(0)
-        self.bias = rest.pop(0) if gemm.bias else None
-        self.residual = emit.flat(rest.pop(0), (gemm.M, gemm.N)) if gemm.residual else None
+        self.bias: Buffer = rest.pop(0) if gemm.bias else None
+        self.residual: Buffer = emit.flat(rest.pop(0), (gemm.M, gemm.N)) if gemm.residual else None
         self.C = emit.flat(rest.pop(0), (gemm.M, gemm.N))
         blocks, left = emit.split(gemm.M, self.block)
         if blocks:
@@ -115,7 +115,7 @@ class _Writer:
 
     def _rows(self, first_row: Index, rows: int, panel: Index, columns: int) -> None:
         self.acc = emit.scratch((self.tile.rows * self.tile.vectors, self.gemm.lanes), registers=True)
-        self.tail = emit.scratch((self.gemm.lanes,), registers=True) if columns % self.gemm.lanes else None
+        self.tail: Buffer = emit.scratch((self.gemm.lanes,), registers=True) if columns % self.gemm.lanes else None
         full, left = emit.split(rows, self.tile.rows)
         if full:
             with loop(full) as tile:
@@ -124,7 +124,7 @@ class _Writer:
             self._tile(first_row + full * self.tile.rows, left, panel, columns, 0)
 
     def _tile(self, row: Index, rows: int, panel: Index, columns: int, sharers: int) -> None:
-        """One register tile; columns beyond `columns` are computed on zeros where a whole vector is live, else skipped."""
+        """One register tile. Vectors with a live column are computed whole: B is zero beyond the edge."""
         lanes, unroll = self.gemm.lanes, self.tile.unroll
         vectors = -(-columns // lanes)
         for i in range(rows):

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm over the last axis, after an optional residual addition, in one pass over L1-resident rows."""
+"""Layer norm and RMS norm over the last axis, after an optional residual addition, row by row in L1."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit, vectors
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec

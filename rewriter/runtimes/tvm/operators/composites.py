@@ -62,7 +62,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     bias, value = _bias(lowering, node)
     spec = flash.Attention(
         batch, tokens["query"], tokens["key"], operands["query"], operands["key"], operands["value"],
-        *(tuple(integers(node.attributes[f"{role}_head_of"])) for role in ROLES),  # type: ignore[arg-type]
+        *_head_maps(node),
         float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias,
         "zero" if node.attributes.get("empty_rows", "nan") == "zero" else "nan", lowering.lanes, lowering.threads,
     )  # fmt: skip
@@ -70,6 +70,11 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     kernel = lowering.kernels.get("flash", (spec, tile), lambda unique: flash.make_flash(spec, tile, unique))
     inputs = [lowering.value(node.inputs[index]) for index in range(3)] + ([] if value is None else [value])
     return lowering.call(kernel, inputs, ((batch, spec.S, spec.heads * spec.value.dim), "float32"))
+
+
+def _head_maps(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    query, key, value = (tuple(integers(node.attributes[f"{role}_head_of"])) for role in ROLES)
+    return query, key, value
 
 
 def _operand(lowering: Lowering, node: Node, index: int, role: str) -> flash.Operand:
@@ -115,7 +120,7 @@ def _head_norm(lowering: Lowering, node: Node) -> Any:
 
 @lowers("rewriter:Rotary")
 def _rotary(lowering: Lowering, node: Node) -> Any:
-    """u * cos + sign * rotate(u) * sin on the leading `size` dims; rotate pairs halves, or neighbours if interleaved."""
+    """u * cos + sign * rotate(u) * sin on the leading `size` dims; rotation is by halves, or by neighbours."""
     x, size = lowering.value(node.inputs[0]), int(node.attributes["size"])
     shape, emit = lowering.shape(node.inputs[0]), lowering.builder.emit
     last = len(shape) - 1

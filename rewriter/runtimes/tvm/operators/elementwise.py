@@ -79,7 +79,11 @@ for _name in _VARIADIC:
 @lowers("Pow")
 def _power(lowering: Lowering, node: Node) -> Any:
     x, exponent = lowering.value(node.inputs[0]), lowering.program.constant(node.inputs[1])
-    if exponent is not None and exponent.size == 1 and lowering.shape(node.inputs[0]) == lowering.shape(node.outputs[0]):
+    if (
+        exponent is not None
+        and exponent.size == 1
+        and lowering.shape(node.inputs[0]) == lowering.shape(node.outputs[0])
+    ):
         value = float(exponent.reshape(-1)[0])
         if value == 2.0:
             return op.multiply(x, x)
