@@ -1,7 +1,7 @@
 """``python -m rewriter.benchmark FOLDER``: one interleaved race of a model under every runtime, as a Markdown table.
 
-FOLDER holds ``*.onnx`` with ``data.npz`` (as ``python -m models`` writes) and, where `optimize` was run, ``optimized/``.
-Not a test: it prints what it measured, with intervals and the machine's state.
+FOLDER holds ``*.onnx`` with ``data.npz`` (as ``python -m models`` writes) and, where `optimize` was run,
+``optimized/``. Not a test: it prints what it measured, with intervals and the machine's state.
 """
 
 from __future__ import annotations

@@ -138,9 +138,9 @@ def _search_section(report: Report) -> list[str]:
     lines = ["## What was tried", "", "| variant | predicted | damage on the selection split | outcome |"]
     lines.append("| --- | --- | --- | --- |")
     for variant in report["variants"]:
-        predicted, damage = variant.get("predicted_s"), variant.get("damage")
+        predicted, damage = variant.get("predicted_saving_s"), variant.get("damage")
         lines.append(
-            f"| {cell(variant['name'])} | {'' if predicted is None else f'{1e3 * predicted:.2f} ms'} "
+            f"| {cell(variant['name'])} | {'' if predicted is None else f'{1e3 * predicted:.2f} ms saved'} "
             f"| {'' if damage is None else f'{100 * damage:.3f} points'} | {cell(variant.get('outcome', ''))} |"
         )
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds"].items())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rewriter.core.measurement import Interval, bootstrap_median
 from rewriter.core.site import Site
@@ -23,9 +24,10 @@ from rewriter.search.store import Store
 
 # Builds the artifact of a graph at the given input shapes and returns its path.
 Build = Callable[[OnnxGraph, Mapping[str, tuple[int, ...]], str], Path]
-# Times artifacts with their feeds, in turn; one list of seconds each.
+# Times artifacts with their feeds, in turn; one list of seconds each, empty for one that failed.
 Time = Callable[[Sequence[Path], Sequence[Path]], list[list[float]]]
 
+_NEVER = Interval(float("inf"), float("inf"), float("inf"))
 _COPIES = 8
 _BATCH = 12  # artifacts loaded and timed together; each group contains the reference again
 
@@ -83,12 +85,17 @@ class CostTable:
         for at in range(0, max(1, len(others)), _BATCH):
             group = [reference, *others[at : at + _BATCH]]
             samples = self.time([chains[name][0] for name in group], [chains[name][1] for name in group])
+            if not all(samples):
+                # A failed or missing measurement can never win; it is not kept either, so next time it is tried again.
+                found |= {name: _NEVER for name in group if name not in found}
+                continue
             per_copy = [np.asarray(s) / _COPIES for s in samples]
-            base = base or bootstrap_median(per_copy[0].tolist())
-            for name, own in zip(group, per_copy, strict=True):
-                ratio = bootstrap_median((own / per_copy[0]).tolist())
-                scaled = Interval(base.median * ratio.median, base.median * ratio.low, base.median * ratio.high)
-                found[name] = base if name == reference else scaled
+            if base is None:
+                base = bootstrap_median(per_copy[0].tolist())
+                self._keep(reference, base)
+            found[reference] = base
+            for name, own in zip(group[1:], per_copy[1:], strict=True):
+                found[name] = _scaled(base, own / per_copy[0])
                 self._keep(name, found[name])
             if advance:
                 advance(0.7 + 0.3 * min(1.0, (at + _BATCH) / max(1, len(others))))
@@ -108,3 +115,8 @@ class CostTable:
 
     def _keep(self, name: str, latency_s: Interval) -> None:
         self.store.put({**self.key, "signature": name}, latency_s.as_dict())
+
+
+def _scaled(base: Interval, ratios: NDArray[np.float64]) -> Interval:
+    ratio = bootstrap_median(ratios.tolist())
+    return Interval(base.median * ratio.median, base.median * ratio.low, base.median * ratio.high)

@@ -48,6 +48,9 @@ class Session:
     cache: Path
     folder: Path
     builder: Worker
+    timer: Worker
+    log: Path | None = None
+    padded_axis: str | None = None
     variants_timed: int = 0
     notes: list[str] = field(default_factory=list)
 

@@ -1,0 +1,137 @@
+"""The proof: candidates run as they would be shipped on the split that chose nothing, from safest to fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.accuracy.certificate import Verdict, certify, foresee
+from rewriter.accuracy.ledger import Ledger
+from rewriter.calibration.data import Dataset, run_all
+from rewriter.core.options import Effort
+from rewriter.measurement.bench import Subject
+from rewriter.runtimes.base import of_spec
+from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.search.scoring import Outputs, Scorer, outputs_of, spread, token_mask
+from rewriter.search.session import Session
+from rewriter.search.variant import Variant
+
+_SECONDS: Mapping[Effort, float] = {"quick": 20.0, "normal": 45.0, "thorough": 600.0}
+_FEWEST = 200
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant as it would be shipped, how long one sample takes, and what it lost on the selection split."""
+
+    variant: Variant
+    shipped: Subject
+    latency_s: float
+    damage: float
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The verdict about one candidate, and the labelled task beside it."""
+
+    candidate: Candidate
+    verdict: Verdict
+    task: Verdict | None
+
+
+def certify_front(session: Session, scorer: Scorer, candidates: Sequence[Candidate]) -> list[Certified]:
+    """Verdicts from the safest candidate to the fastest, stopping at the first that fails.
+
+    Fixed-sequence testing: each is tested at the full level, because it is reached only if all before it passed.
+    The split is opened for the whole sequence at once, which the ledger records. Candidates without a real chance
+    are not brought before it, and a split that could certify nothing stays closed.
+    """
+    assert session.splits is not None
+    data = _samples(session, scorer, max(c.latency_s for c in candidates))
+    ordered = sorted(candidates, key=lambda c: (c.damage, c.latency_s))
+    worthy = [c for c in ordered if _worthy(session, scorer, c, len(data))]
+    if not worthy:
+        return []
+    ledger = Ledger(session.cache / "ledger")
+    subject = "+".join(c.variant.graph.fingerprint()[:16] for c in worthy)
+    opening = ledger.open(session.splits.certify.content_hash(), subject, CONFIDENCE)
+    session.notes += [opening.sentence] if opening.ordinal > 1 else []
+    original = outputs_of(session.graph, data, scorer.crop)
+    verdicts = []
+    for index, candidate in enumerate(worthy):
+        shipped = _run_shipped(session, candidate, data)
+        if isinstance(shipped, WorkerFailure):
+            session.notes.append(f"{candidate.variant.name} failed while being certified: {shipped}")
+            break
+        verdicts.append(_judge(session, scorer, candidate, data, original, shipped, opening.confidence))
+        session.progress.advance((index + 1) / len(worthy), verdicts[-1].verdict.reason)
+        if not verdicts[-1].verdict.certified:
+            break
+    return verdicts
+
+
+def _samples(session: Session, scorer: Scorer, latency_s: float) -> Dataset:
+    """As many certification samples as fit the time, drawn without looking at them."""
+    assert session.splits is not None
+    data = session.splits.certify.labelled() if scorer.metric.needs_labels else session.splits.certify
+    room = max(_FEWEST, int(_SECONDS[session.options.effort] / max(latency_s, 1e-6)))
+    return spread(data, room, session.options.seed)
+
+
+def _worthy(session: Session, scorer: Scorer, candidate: Candidate, n: int) -> bool:
+    forecast = foresee(
+        scorer.paired(candidate.variant.graph), n, session.options.max_drop, CONFIDENCE, scorer.data.group
+    )
+    if not forecast.worth_opening:
+        session.notes.append(f"{candidate.variant.name}: {forecast.sentence}")
+    return forecast.worth_opening
+
+
+def _run_shipped(session: Session, candidate: Candidate, data: Dataset) -> Outputs | WorkerFailure:
+    limit_s = 60.0 + 20.0 * candidate.latency_s * len(data)
+    with Worker("certify", session.target.threads) as worker:
+        answer: Outputs | WorkerFailure = worker.call(
+            f"{__name__}:run_artifact",
+            candidate.shipped.runtime,
+            candidate.shipped.artifact,
+            session.target.threads,
+            data,
+            timeout_s=limit_s,
+        )
+    return answer
+
+
+def run_artifact(runtime: str, artifact: Path, threads: int, data: Dataset) -> Outputs:
+    """In the worker: outputs of a built artifact on all samples, one at a time, padded as they will be in use."""
+    executable = of_spec(runtime).load(artifact, threads)
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> Outputs:
+        return executable.run(feeds)
+
+    return run_all(data, run, 1)
+
+
+def _judge(
+    session: Session,
+    scorer: Scorer,
+    candidate: Candidate,
+    data: Dataset,
+    original: Outputs,
+    shipped: Outputs,
+    level: float,
+) -> Certified:
+    paired = scorer.metric.paired(original, shipped, data.labels, token_mask(data))
+    verdict = certify(paired, session.options.max_drop, level, data.group)
+    task = None
+    if scorer.task is not None and data.labels is not None and (data.labels >= 0).any():
+        known = np.flatnonzero(data.labels >= 0)
+        before, after = ({name: array[known] for name, array in outputs.items()} for outputs in (original, shipped))
+        beside = scorer.task.paired(before, after, data.labels[known])
+        task = certify(beside, session.options.max_drop, level, None if data.group is None else data.group[known])
+    return Certified(candidate, verdict, task)

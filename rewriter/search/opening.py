@@ -1,0 +1,96 @@
+"""From a command to a session: read and check everything before the first second of searching is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rewriter.accuracy.splits import Splits, split
+from rewriter.attention.recognise import recognise
+from rewriter.calibration.data import Dataset, load_data
+from rewriter.core.errors import ModelError, OptionError
+from rewriter.core.options import Options
+from rewriter.core.progress import Progress
+from rewriter.core.site import Recognition, State
+from rewriter.graph.onnx import OnnxGraph, load
+from rewriter.report.output import check_room
+from rewriter.runtimes.tvm.target import detect
+from rewriter.runtimes.workers import Worker
+from rewriter.search.selection import select_passes
+from rewriter.search.session import Session, check_precision
+from rewriter.search.workload import choose_workload
+
+_BUILD_MEMORY_BYTES = 16 * 2**30
+
+
+@contextmanager
+def open_session(model: Path, options: Options, progress: Progress, folder: Path) -> Iterator[Session]:
+    """Load, check, recognise. Raises `UserError` for bad input; ends the workers afterwards."""
+    notes = check_precision(options)
+    selection = select_passes(options.passes)
+    if options.runtime != "tvm" and options.runtime not in ("onnxruntime", "auto"):
+        raise OptionError(f"unknown runtime {options.runtime!r}", "Choose tvm, onnxruntime or auto")
+    target = detect(options.target, options.threads)
+    with progress.stage("load", f"reading {model}"):
+        graph = load(model)
+        data = _data(graph, options)
+        workload = choose_workload(graph, data, options.shapes, options.seed)
+        splits = _splits(data, options, notes)
+        check_room(folder, 6 * _weight_bytes(graph))
+    with progress.stage("recognise", "finding attention and feed-forward blocks by what they compute"):
+        recognition = recognise(graph, dict(workload.feeds[0]) if data is None else _example(data), options.seed)
+        progress.advance(1.0, _census(recognition))
+    _check_something_found(recognition, model)
+    cache = folder.parent
+    with Worker("build", 1, _BUILD_MEMORY_BYTES) as builder, Worker("timer", target.threads) as timer:
+        yield Session(
+            options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
+            notes=notes,
+        )  # fmt: skip
+
+
+def _data(graph: OnnxGraph, options: Options) -> Dataset | None:
+    if options.data is None:
+        if options.metric is not None:
+            raise OptionError("--metric needs data to be measured on", "Give --data")
+        return None
+    return load_data(options.data, graph.inputs, options.tokenizer)
+
+
+def _splits(data: Dataset | None, options: Options, notes: list[str]) -> Splits | None:
+    if data is None:
+        notes.append(
+            "no data was given, so only exact rewrites were considered; give --data data.npz (one array per model "
+            "input, samples first) to let calibrated rewrites compete"
+        )
+        return None
+    found = split(data, options.seed)
+    if found.repeats:
+        notes.append(f"{found.repeats} repeated samples were dropped before splitting")
+    return found
+
+
+def _example(data: Dataset) -> dict[str, object]:
+    """Four samples to recognise on."""
+    return {name: array[:4] for name, array in data.inputs.items()}
+
+
+def _weight_bytes(graph: OnnxGraph) -> int:
+    return sum(value.const_value.nbytes for value in graph.constants.values() if value.const_value is not None)
+
+
+def _census(recognition: Recognition) -> str:
+    ready = sum(site.state is State.LOWERABLE for site in recognition.sites)
+    counts = f"{len(recognition.attention)} attentions and {len(recognition.feed_forward)} feed-forwards"
+    unknown = len(recognition.unrecognised)
+    return f"{counts}, {ready} can be rewritten" + (f", {unknown} not understood" if unknown else "")
+
+
+def _check_something_found(recognition: Recognition, model: Path) -> None:
+    if not recognition.attention:
+        reasons = "; ".join(f"{entry.node}: {entry.refusal.why}" for entry in recognition.unrecognised[:3])
+        raise ModelError(
+            f"{model} has no attention that was understood" + (f" ({reasons})" if reasons else ""),
+            "Check the model with optimize inspect",
+        )

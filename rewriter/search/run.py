@@ -1,0 +1,208 @@
+"""The search with data: price every option, calibrate what errors mean, solve, assemble, score, correct, repeat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.assembly.assemble import assemble, price_options
+from rewriter.attention.lower import fragment, lower
+from rewriter.calibration.data import Dataset
+from rewriter.core.option import Plan
+from rewriter.core.options import Effort
+from rewriter.core.site import Site
+from rewriter.graph.interpreter import Interpreter
+from rewriter.runtimes.workers import WorkerFailure
+from rewriter.search.candidates import all_candidates
+from rewriter.search.cost import CostTable, Priced
+from rewriter.search.problem import Options, Problem
+from rewriter.search.refine import Trial, refine
+from rewriter.search.scoring import Scorer, spread
+from rewriter.search.sensitivity import LocalErrors, build_problem, slopes
+from rewriter.search.session import TVM, Session
+from rewriter.search.store import Store
+from rewriter.search.structure import blank_statistics, restructure
+from rewriter.search.variant import Variant, merge
+
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work one effort means. Tokens are of calibration; samples of the selection split."""
+
+    tokens: int
+    pricing_tokens: int
+    slope_samples: int
+    assemblies: int
+
+
+SIZES: Mapping[Effort, Size] = {
+    "quick": Size(tokens=24_000, pricing_tokens=6_000, slope_samples=64, assemblies=3),
+    "normal": Size(tokens=60_000, pricing_tokens=12_000, slope_samples=96, assemblies=4),
+    "thorough": Size(tokens=250_000, pricing_tokens=40_000, slope_samples=400, assemblies=10),
+}
+
+
+@dataclass
+class Search:
+    """The state of one search: variants by name as they are assembled, and the trials in order."""
+
+    session: Session
+    scorer: Scorer
+    sites: Sequence[Site]
+    exact: Mapping[str, Options]
+    variants: dict[str, Variant] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    latencies_s: dict[str, dict[Options, float]] = field(default_factory=dict)
+    problem: Problem | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def budget(self) -> float:
+        """How much of the metric may be lost, on its own scale."""
+        drop = self.session.options.max_drop
+        baseline = self.scorer.metric.high if self.scorer.metric.ideal_original else 1.0
+        return drop.fraction * (baseline if drop.relative else 1.0)
+
+    def out_of_time(self) -> bool:
+        """Whether ``--max-time`` leaves no room for another trial."""
+        limit_s = self.session.options.max_time_s
+        return limit_s is not None and time.monotonic() - self.started_s > 0.6 * limit_s
+
+
+def search(session: Session, scorer: Scorer, sites: Sequence[Site], exact: Mapping[str, Options]) -> Search:
+    """Fill a `Search` with scored variants. `sites` are the lowerable sites after their exact options."""
+    state = Search(session, scorer, sites, exact)
+    effort = session.options.effort
+    found = all_candidates(session.recognition, session.selection, session.target, effort)
+    if not found:
+        session.notes.append("no calibrated rewrite applies to this model")
+        return state
+    size = SIZES[effort]
+    with session.progress.stage("statistics", f"measuring the local error of {sum(map(len, found.values()))} options"):
+        errors = _local_errors(state, found, size)
+    with session.progress.stage("costs", "compiling and timing each distinct option with TVM"):
+        state.latencies_s = _latencies(state, found)
+    with session.progress.stage("scale", "scoring one option per sub-block to learn what an error does to the metric"):
+        slope = _slopes(state, errors, size)
+    state.problem = build_problem(state.latencies_s, errors, slope)
+    with session.progress.stage("assembly", "solving, assembling bottom-up and scoring whole variants"):
+        _trials(state, size)
+    return state
+
+
+def calibration_batches(data: Dataset, tokens: int, crop: bool, seed: int, size: int = 16) -> list[Feeds]:
+    """Random calibration samples with about this many tokens in all, in batches of similar length."""
+    shuffled = spread(data, len(data), seed)
+    lengths = shuffled.lengths()
+    per_sample = np.ones(len(shuffled)) * _positions(data) if lengths is None else lengths
+    count = int(np.searchsorted(np.cumsum(per_sample), tokens)) + 1
+    chosen = shuffled.subset(np.arange(min(count, len(shuffled))))
+    return [batch.feeds for batch in chosen.batches(size, crop=crop)]
+
+
+def _positions(data: Dataset) -> int:
+    return max(int(np.prod(array.shape[1:2])) for array in data.inputs.values())
+
+
+def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], size: Size) -> LocalErrors:
+    session = state.session
+    assert session.splits is not None
+    batches = calibration_batches(session.splits.calibrate, size.tokens // 2, state.scorer.crop, session.options.seed)
+    return price_options(session.graph, state.sites, found, session.selection.passes, batches)
+
+
+def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[str, dict[Options, float]]:
+    """Seconds of each option at each site; equal shapes are compiled and timed once."""
+    session, by_id = state.session, {site.id: site for site in state.sites}
+    wanted: list[tuple[str, Options, Priced]] = []
+    for name, combinations in found.items():
+        blank = blank_statistics(by_id[name])
+        for options in combinations:
+            site = restructure(by_id[name], options, session.selection.passes, blank)
+            wanted.append((name, options, Priced(site, fragment(session.graph, site))))
+    table = cost_table(session)
+    values = _values_read(session, state.sites, [priced for *_, priced in wanted])
+    intervals = table.latencies_s(session.graph, [p for *_, p in wanted], values, session.progress.advance)
+    session.variants_timed += table.measured
+    latencies: dict[str, dict[Options, float]] = {}
+    for (name, options, _), interval in zip(wanted, intervals, strict=True):
+        latencies.setdefault(name, {})[options] = interval.median
+    return latencies
+
+
+def _values_read(session: Session, sites: Sequence[Site], priced: Sequence[Priced]) -> dict[str, NDArray[Any]]:
+    """The values that the priced sub-blocks read, at the shapes to be timed, from one run on a real input."""
+    names = {name for one in priced for name in one.piece.reads()}
+    run = Interpreter(lower(session.graph, list(sites))).run(session.workload.feeds[0], taps=sorted(names))
+    return {name: run[name].numpy() for name in names}
+
+
+def cost_table(session: Session) -> CostTable:
+    """The cost table of this target, kept in the cache directory."""
+    from rewriter.runtimes.tvm.runtime import engine_key
+
+    threads = session.target.threads
+
+    def build(graph: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
+        return session.build(graph, name, TVM, shapes)
+
+    def time_all(artifacts: Sequence[Any], feeds: Sequence[Any]) -> list[list[float]]:
+        paths = ([str(path) for path in artifacts], [str(path) for path in feeds])
+        answer = session.timer.call(
+            "rewriter.measurement.together:time_together", TVM, *paths, threads, timeout_s=300.0
+        )
+        if isinstance(answer, WorkerFailure):
+            session.notes.append(f"a group of options could not be timed: {answer}")
+            return [[] for _ in artifacts]
+        return list(answer)
+
+    key = {"target": session.target.key(), "engine": engine_key()}
+    return CostTable(Store(session.cache / "costs.jsonl"), key, build, time_all, session.folder / "chains")
+
+
+def _slopes(state: Search, errors: LocalErrors, size: Size) -> dict[str, float]:
+    session = state.session
+    assert session.splits is not None
+    batches = calibration_batches(
+        session.splits.calibrate, size.pricing_tokens, state.scorer.crop, session.options.seed
+    )
+
+    def damage(plan: Plan) -> float:
+        variant = _assembled(state, "probe", plan, batches, batches[-1:])
+        return state.scorer.damage(variant.graph, size.slope_samples)
+
+    return slopes(errors, damage, session.progress.advance)
+
+
+def _trials(state: Search, size: Size) -> None:
+    session = state.session
+    assert session.splits is not None and state.problem is not None
+    batches = calibration_batches(session.splits.calibrate, size.tokens, state.scorer.crop, session.options.seed)
+    # Part of the calibration data chooses ridge and alpha; the selection split stays for choosing between variants.
+    held_out = max(1, len(batches) // 6)
+    rng = np.random.default_rng(session.options.seed)
+    rows = rng.permutation(len(batches))
+    fit, choose = [batches[i] for i in rows[held_out:]], [batches[i] for i in rows[:held_out]]
+
+    def damage(name: str, plan: Plan) -> float:
+        variant = _assembled(state, name, plan, fit, choose)
+        state.variants[name] = variant
+        lost = state.scorer.damage(variant.graph)
+        session.progress.advance(len(state.variants) / (size.assemblies + 1), f"{name}: {100 * lost:.3f} points lost")
+        return lost
+
+    state.trials = refine(state.problem, damage, state.budget, size.assemblies, state.out_of_time)
+
+
+def _assembled(state: Search, name: str, plan: Plan, batches: Sequence[Feeds], choose: Sequence[Feeds]) -> Variant:
+    session = state.session
+    built = assemble(session.graph, state.sites, plan, session.selection.passes, batches, choose)
+    order = [site.id for site in session.recognition.sites]
+    return Variant.of(name, session.graph, merge(state.exact, plan, order), built.sites.values())

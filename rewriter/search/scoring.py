@@ -1,0 +1,100 @@
+"""Scoring variants against the original on data that chose nothing: the selection split for the search, never more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewriter.accuracy.metrics import Metric, Reference, choose_metric
+from rewriter.accuracy.paired import Paired
+from rewriter.accuracy.registry import METRICS
+from rewriter.accuracy.splits import Splits
+from rewriter.calibration.data import Dataset, cropping_is_harmless, run_all
+from rewriter.core.options import Effort, Options
+from rewriter.graph.interpreter import Interpreter
+from rewriter.graph.onnx import OnnxGraph
+
+Outputs = dict[str, NDArray[Any]]
+
+SELECT_SAMPLES: Mapping[Effort, int] = {"quick": 200, "normal": 400, "thorough": 2000}
+_REFERENCE_SAMPLES = 512  # fidelity metrics fit a bank of references on this many calibration samples
+_BATCH = 16
+
+
+def outputs_of(graph: OnnxGraph, data: Dataset, crop: bool) -> Outputs:
+    """Outputs of a graph on all samples, by our interpreter in fp32."""
+    interpreter = Interpreter(graph)
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> Outputs:
+        return {name: value.numpy() for name, value in interpreter.run(feeds).items()}
+
+    return run_all(data, run, _BATCH, crop=crop)
+
+
+def token_mask(data: Dataset) -> NDArray[np.int64] | None:
+    """(N, S) ones at tokens, zeros at padding, or None if the data does not say."""
+    lengths = data.lengths()
+    if lengths is None:
+        return None
+    longest = max(array.shape[1] for array in data.inputs.values() if array.ndim == 2)
+    return (np.arange(longest) < lengths[:, None]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The metric, fitted to the original on calibration samples, and the original's outputs on selection samples.
+
+    `task` is accuracy on the labels where there are labels and another metric decides; it is reported, not decided on.
+    """
+
+    metric: Metric
+    task: Metric | None
+    data: Dataset
+    original: Outputs
+    crop: bool
+
+    @classmethod
+    def fit(cls, graph: OnnxGraph, splits: Splits, options: Options) -> Scorer:
+        """Run the original on calibration and selection samples. Raises `OptionError` for an unfit metric."""
+        interpreter = Interpreter(graph)
+        crop = cropping_is_harmless(
+            splits.select, lambda feeds: {name: value.numpy() for name, value in interpreter.run(feeds).items()}
+        )
+        reference = _reference_samples(splits.calibrate, options)
+        outputs = outputs_of(graph, reference, crop)
+        metric = choose_metric(options.metric, outputs, reference.labels)
+        labelled = reference.labels is not None and bool((reference.labels >= 0).any())
+        other = labelled and metric.name != "accuracy"
+        task = METRICS["accuracy"](Reference(outputs, reference.labels)) if other else None
+        data = spread(splits.select, SELECT_SAMPLES[options.effort], options.seed)
+        data = data.labelled() if metric.needs_labels else data
+        return cls(metric, task, data, outputs_of(graph, data, crop), crop)
+
+    def paired(self, graph: OnnxGraph, samples: int | None = None) -> Paired:
+        """The metric of a variant beside the original's, on (the first) selection samples."""
+        data = self.data if samples is None else self.data.subset(np.arange(min(samples, len(self.data))))
+        original = {name: array[: len(data)] for name, array in self.original.items()}
+        new = outputs_of(graph, data, self.crop)
+        return self.metric.paired(original, new, data.labels, token_mask(data))
+
+    def damage(self, graph: OnnxGraph, samples: int | None = None) -> float:
+        """How much of the metric is lost, in the direction of worse."""
+        return self.paired(graph, samples).drop
+
+
+def spread(data: Dataset, count: int, seed: int) -> Dataset:
+    """At most `count` samples drawn at random, in a random order: any first part of them is a fair sample too."""
+    rows = np.random.default_rng(seed).permutation(len(data))[:count]
+    return data.subset(rows)
+
+
+def _reference_samples(data: Dataset, options: Options) -> Dataset:
+    """All labelled calibration samples (a probe needs them) and some others."""
+    rng = np.random.default_rng(options.seed)
+    known = np.zeros(len(data), bool) if data.labels is None else data.labels >= 0
+    others = rng.permutation(np.flatnonzero(~known))[:_REFERENCE_SAMPLES]
+    return data.subset(np.sort(np.concatenate([np.flatnonzero(known), others])))
