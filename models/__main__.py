@@ -54,7 +54,9 @@ def write_data(folder: Path, seed: int) -> None:
     from models import dataset
 
     data = dataset.build(folder / "tokenizer.json", seed)
-    np.savez_compressed(folder / "data.npz", allow_pickle=False, **data)
+    scratch = folder / "data.partial.npz"
+    np.savez_compressed(scratch, allow_pickle=False, **data)
+    scratch.replace(folder / "data.npz")
     labelled, total = int((data["labels"] >= 0).sum()), len(data["labels"])
     counts = ", ".join(
         f"{int((data['split'] == split).sum())} to {name}"

@@ -81,7 +81,9 @@ def export(model: SentenceEncoder, path: Path) -> float:
     for node in program.model.graph:
         # It holds paths of this machine; without it the same weights give the same bytes everywhere.
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    program.save(str(path))
+    scratch = path.with_suffix(".partial.onnx")
+    program.save(str(scratch))
+    scratch.replace(path)
     return _deviation(model, path)
 
 

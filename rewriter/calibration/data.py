@@ -8,6 +8,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,13 +110,19 @@ def _cast(array: Array, spec: TensorSpec, where: str) -> Array:
     kinds = have.kind + want.kind
     if kinds == "ff":
         return array.astype(want)
-    if set(kinds) <= set("iub"):
-        cast = array.astype(want)
-        if np.array_equal(cast.astype(have), array):
-            return cast
+    if set(kinds) <= set("iub") and _fits(array, want):
+        return array.astype(want)
     raise DataError(
         f"{where}: {spec.name!r} is {have}, the model takes {want}", f"Convert it with .astype({str(want)!r})"
     )
+
+
+def _fits(array: Array, want: np.dtype[Any]) -> bool:
+    """Whether a whole-number or boolean dtype holds every value."""
+    if array.size == 0 or array.dtype.kind == "b":
+        return True
+    low, high = (0, 1) if want.kind == "b" else (np.iinfo(want).min, np.iinfo(want).max)
+    return low <= int(array.min()) and int(array.max()) <= high
 
 
 def _check_shapes(inputs: dict[str, Array], graph_inputs: Sequence[TensorSpec], where: str) -> int:
