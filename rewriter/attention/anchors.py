@@ -1,4 +1,4 @@
-"""Anchors: softmaxes that may be attention, and the products around them. Structure proposes, nothing is decided here."""
+"""Anchors: softmaxes that may be attention, and the products around them. Candidates only, nothing is decided."""
 
 from __future__ import annotations
 
@@ -10,10 +10,56 @@ from rewriter.attention.trace import SHAPES, Trace, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refused
 
 AFTER_SOFTMAX = frozenset(
-    ["Cast", "Identity", "Dropout", "Where", "Mul", "Div", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Add", "Split", "Concat", "Gather", "Clip", "Expand", "Flatten"]
+    [
+        "Cast",
+        "Identity",
+        "Dropout",
+        "Where",
+        "Mul",
+        "Div",
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Add",
+        "Split",
+        "Concat",
+        "Gather",
+        "Clip",
+        "Expand",
+        "Flatten",
+    ]
 )
 BEFORE_SOFTMAX = frozenset(
-    ["Add", "Sum", "Sub", "Mul", "Div", "Where", "Tanh", "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Max", "Min", "Clip", "Concat", "Expand", "Slice", "Pad", "GatherElements", "Neg", "Split", "ScatterND", "Flatten", "Gather"]
+    [
+        "Add",
+        "Sum",
+        "Sub",
+        "Mul",
+        "Div",
+        "Where",
+        "Tanh",
+        "Cast",
+        "Identity",
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Max",
+        "Min",
+        "Clip",
+        "Concat",
+        "Expand",
+        "Slice",
+        "Pad",
+        "GatherElements",
+        "Neg",
+        "Split",
+        "ScatterND",
+        "Flatten",
+        "Gather",
+    ]
 )
 
 

@@ -13,10 +13,19 @@ from rewriter.graph.composites import composite
 
 
 class Builder:
-    """Collects nodes and constants; `lookup` gives the values of the graph that the nodes read."""
+    """Collects nodes and constants; `lookup` gives the values of the graph that the nodes read.
 
-    def __init__(self, prefix: str, opset: int, lookup: Callable[[str], ir.Value]) -> None:
-        self.prefix, self.opset, self._lookup = prefix, opset, lookup
+    Float64 constants are rounded to `dtype`; without one they stay, for checks in float64.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        opset: int,
+        lookup: Callable[[str], ir.Value],
+        dtype: np.dtype[np.generic] | None = None,
+    ) -> None:
+        self.prefix, self.opset, self._lookup, self.dtype = prefix, opset, lookup, dtype
         self.nodes: list[ir.Node] = []
         self.constants: dict[str, Array] = {}
         self._values: dict[str, ir.Value] = {}
@@ -36,6 +45,8 @@ class Builder:
     def constant(self, array: Array, name: str = "") -> str:
         """A constant of the new nodes."""
         name = f"{self.prefix}/{name}" if name else self.name("constant")
+        if self.dtype is not None and array.dtype == np.float64:
+            array = array.astype(self.dtype)
         self.constants[name] = np.ascontiguousarray(array)
         self._values[name] = ir.Value(name=name, const_value=ir.tensor(self.constants[name], name=name))
         return name
@@ -44,7 +55,7 @@ class Builder:
         """A constant vector of int64."""
         return self.constant(np.array(numbers, np.int64))
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def op(self, kind: str, /, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A standard operator; returns the name of its output."""
         output = output or self.name(kind.lower())
         made = ir.Node(
@@ -57,10 +68,10 @@ class Builder:
         )
         return self._add(made)
 
-    def composite(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+    def composite(self, operator: str, /, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A composite operator; returns the name of its output."""
-        output = output or self.name(kind.lower())
-        return self._add(composite(kind, [self.value(name) for name in inputs], output, **attributes))
+        output = output or self.name(operator.lower())
+        return self._add(composite(operator, [self.value(name) for name in inputs], output, **attributes))
 
     def copy(self, nodes: Iterable[ir.Node], renamed: dict[str, str]) -> None:
         """The same nodes again with other inputs; `renamed` gains the new names of their outputs."""

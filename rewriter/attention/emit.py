@@ -33,7 +33,7 @@ def _emit_attention(b: Builder, paths: Paths, site: AttentionSite) -> None:
         for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
     )
     bias = _bias(b, paths, site, query, key)
-    attributes = {}
+    attributes: dict[str, int | list[int]] = {}
     for role, projection in (("query", site.query), ("key", site.key), ("value", site.value)):
         attributes[f"{role}_heads"] = projection.heads
         attributes[f"{role}_head_of"] = list(projection.head_of)
@@ -135,15 +135,13 @@ def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -
 def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:
     """Zeros in place of the content product: one number, or its full shape where the path reshapes it."""
     bias = site.bias
-    dtype = _float_dtype(site)
-    rank = 3 if bias.folded else 4
     if not bias.full_shape:
-        return b.constant(np.zeros((1,) * rank, dtype))
+        return b.constant(np.zeros((1,) * bias.product_rank))
     batch, rows = b.size_of(query, 0), b.size_of(query, _token_axis(site.query))
     columns = b.size_of(key, _token_axis(site.key))
     shape = b.joined([batch, b.ints(bias.heads_axis), rows, columns])
-    full = b.op("Expand", b.constant(np.zeros((), dtype)), shape)
-    if bias.folded:
+    full = b.op("Expand", b.constant(np.zeros(())), shape)
+    if bias.product_rank == 3:
         full = b.op("Reshape", full, b.joined([b.ints(-1), rows, columns]))
     return full
 
@@ -152,12 +150,6 @@ def _token_axis(projection: Projection) -> int:
     if projection.opaque:
         return 2
     return 2 if projection.norm or projection.rotary or projection.past or projection.present else 1
-
-
-def _float_dtype(site: AttentionSite) -> np.dtype[np.generic]:
-    """What the graph computes scores in: the dtype of its weights."""
-    weights = [p.weight_CGD for p in (site.query, site.key, site.value) if p.weight_CGD is not None]
-    return weights[0].dtype if weights else site.output.weight_HDC.dtype if site.output else np.dtype(np.float32)
 
 
 def _emit_feed_forward(b: Builder, paths: Paths, site: FeedForwardSite) -> None:

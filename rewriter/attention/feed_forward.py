@@ -8,14 +8,55 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.activations import elementwise, name_of
-from rewriter.attention.linears import Linear, read_linear
+from rewriter.attention.linears import Linear, read_linear, stored
 from rewriter.attention.trace import SHAPES, VIEWS, Trace, inputs_of, label, outputs_of
 from rewriter.attention.views import view_between
 from rewriter.core.refusal import Refused
 from rewriter.core.site import Array, FeedForwardSite
 
 POINTWISE = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Elu", "Selu", "Celu", "LeakyRelu", "Softplus", "Softsign", "HardSigmoid", "HardSwish", "Swish", "Mish", "Abs", "Neg", "Exp", "Min", "Max", "Clip", "Where", "Cast", "Identity", "Dropout", "FastGelu", "QuickGelu", "BiasGelu", "Reciprocal", "Sign", "ThresholdedRelu", "Sin", "Cos", "Log"]
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Erf",
+        "Tanh",
+        "Sigmoid",
+        "Relu",
+        "Gelu",
+        "Elu",
+        "Selu",
+        "Celu",
+        "LeakyRelu",
+        "Softplus",
+        "Softsign",
+        "HardSigmoid",
+        "HardSwish",
+        "Swish",
+        "Mish",
+        "Abs",
+        "Neg",
+        "Exp",
+        "Min",
+        "Max",
+        "Clip",
+        "Where",
+        "Cast",
+        "Identity",
+        "Dropout",
+        "FastGelu",
+        "QuickGelu",
+        "BiasGelu",
+        "Reciprocal",
+        "Sign",
+        "ThresholdedRelu",
+        "Sin",
+        "Cos",
+        "Log",
+    ]
 )
 LIMIT = 60
 
@@ -38,7 +79,7 @@ def raise_feed_forward(trace: Trace, node: ir.Node) -> FeedForwardSite | None:
     if not 1 <= len(ups) <= 2:
         return None
     try:
-        down = read_linear(trace, node)
+        down = read_linear(trace, node, batched=False)
         return _plain(trace, ups, down) or _gated(trace, ups, down)
     except Refused:
         return None
@@ -162,8 +203,8 @@ def _branch(trace: Trace, linear: Linear, start: str, down: Linear) -> Branch:
     bias_F = offset[0]
     if linear.bias_N is not None:
         bias_F = bias_F + linear.bias_N[channels[0]] * view.factor
-    weight_CF = (linear.weight_CN[:, channels[0]] * view.factor).astype(linear.dtype)
-    return Branch(linear, start, weight_CF, bias_F.astype(linear.dtype) if bias_F.any() else None)
+    weight_CF = stored(linear.weight_CN[:, channels[0]] * view.factor, linear.dtype)
+    return Branch(linear, start, weight_CF, stored(bias_F, linear.dtype) if bias_F.any() else None)
 
 
 def _private(trace: Trace, branch: Branch, ends: tuple[str, ...], hidden: str, down: Linear) -> bool:
@@ -196,13 +237,13 @@ def _site(
         return None
     linears = [branch.linear, *([gate.linear] if gate else []), down]
     names = {"up": branch.linear.weight_name, "down": down.weight_name}
-    bias = None if down.bias_N is None or not down.bias_N.any() else down.bias_N.astype(down.dtype)
+    bias = None if down.bias_N is None or not down.bias_N.any() else stored(down.bias_N, down.dtype)
     return FeedForwardSite(
         id="",
         source=branch.linear.source,
         up_CF=branch.weight_CF,
         up_bias_F=branch.bias_F,
-        down_FC=down.weight_CN.astype(down.dtype),
+        down_FC=stored(down.weight_CN, down.dtype),
         down_bias_C=bias,
         output=down.result,
         activation=activation,

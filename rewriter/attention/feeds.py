@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +18,27 @@ from rewriter.core.site import Array
 from rewriter.graph.onnx import OnnxGraph, TensorSpec
 
 BATCHES = (2, 5, 3)
+IMAGE_SIDES, SOUND_SAMPLES = (32, 64, 128), (400, 1200)
 LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
 TRACED = frozenset(
-    ["Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Slice", "Add", "Sub", "Concat", "Flatten", "Transpose", "Mul", "Max", "Min", "Clip"]
+    [
+        "Cast",
+        "Identity",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Expand",
+        "Slice",
+        "Add",
+        "Sub",
+        "Concat",
+        "Flatten",
+        "Transpose",
+        "Mul",
+        "Max",
+        "Min",
+        "Clip",
+    ]
 )
 
 
@@ -110,18 +129,28 @@ def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:
 
 
 def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
-    """Sizes to try, most telling first: a length of its own for every name, one for all, a batch of one."""
-    batch, lengths = BATCHES[round_], LENGTHS[round_]
+    """Sizes to try, most telling first: a length of its own for every name, one the sum of two others (caches), one
+    for all, long ones (audio, images), a batch of one."""
+    lengths = LENGTHS[round_]
     names = list(_axis_names(graph))
-    for batch_size, distinct in ((batch, True), (batch, False), (1, True), (1, False)):
-        chosen, used = {}, 0
-        for name, leading in names:
-            if leading:
-                chosen[name] = batch_size
-            else:
-                chosen[name] = lengths[used % len(lengths)] if distinct else lengths[0]
-                used += 1
-        yield Sizes(chosen)
+    free = [name for name, leading in names if not leading]
+    distinct = {name: lengths[i % len(lengths)] for i, name in enumerate(free)}
+    for batch in dict.fromkeys((BATCHES[round_], 2, 1)):
+        leading = dict.fromkeys((name for name, first in names if first), batch)
+        yield Sizes({**distinct, **leading})
+        used = [name for name in free if not name.startswith("?")][:6]
+        for total, one, other in permutations(used, 3):
+            if one < other:
+                yield Sizes({**distinct, total: distinct[one] + distinct[other], **leading})
+        for length in (lengths[0], *(long * (round_ + 1) for long in _long_lengths(graph))):
+            yield Sizes({**dict.fromkeys(free, length), **leading})
+
+
+def _long_lengths(graph: OnnxGraph) -> tuple[int, ...]:
+    """Lengths for signals; never for tokens, whose attention would grow with the square."""
+    if any(spec.dtype.kind in "iub" for spec in graph.inputs):
+        return ()
+    return IMAGE_SIDES if any(len(spec.shape) == 4 for spec in graph.inputs) else SOUND_SAMPLES
 
 
 def _axis_names(graph: OnnxGraph) -> Iterator[tuple[str, bool]]:

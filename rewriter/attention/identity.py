@@ -1,7 +1,7 @@
 """The identity gate: a site is lowerable only if what is lowered does what the graph does, and a wrong one does not.
 
 Each site is checked on its own, on top of the original's values, so that one site cannot spoil another; then all of
-them together, as a whole graph. Float64 throughout: whatever differs by more than 1e-9 of its scale is another function.
+them together, as a whole graph. Float64 throughout: what differs by more than 1e-9 of its scale is another function.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def local_problem(trace: Trace, site: Site, effect: bool) -> Refusal | None:
 
 
 def _run(trace: Trace, site: Site) -> torch.Tensor:
-    part = fragment(trace.graph, site)
+    part = fragment(trace.graph, site, exact=True)
     env = dict(trace.env)
     env.update({name: trace.interpreter.tensor(array) for name, array in part.constants.items()})
     for name in part.outputs:
@@ -151,7 +151,7 @@ def _joint_failures(
     own = [replace(exact(check.sites[result_of(site)]), id=site.id) for site in sites]
     if not own:
         return {}
-    lowered = lower(graph, own)
+    lowered = lower(graph, own, exact=True)
     failures = {}
     for site in own:
         left = surviving(lowered, site)
@@ -160,7 +160,7 @@ def _joint_failures(
     if joint_problem(graph, lowered, check.trace, feeds) is None:
         return failures
     for site in own:
-        problem = joint_problem(graph, lower(graph, [site]), check.trace, feeds)
+        problem = joint_problem(graph, lower(graph, [site], exact=True), check.trace, feeds)
         if problem and site.id not in failures:
             failures[site.id] = problem
     return failures

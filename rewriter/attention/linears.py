@@ -33,8 +33,11 @@ class Linear:
     dtype: np.dtype[np.generic]
 
 
-def read_linear(trace: Trace, node: ir.Node) -> Linear:
-    """What a linear node multiplies by, from the graph's constants; raises `Refused` for forms rewrites cannot map."""
+def read_linear(trace: Trace, node: ir.Node, batched: bool = True) -> Linear:
+    """What a linear node multiplies by, from the graph's constants; raises `Refused` for forms rewrites cannot map.
+
+    With `batched` the source must have a batch axis of its own; otherwise it is whatever the node reads.
+    """
     found = trace.linear(node)
     if found is None or found[0] != 0 or node.op_type not in ("MatMul", "Gemm"):
         raise Refused("linear-form", f"linear {node.op_type}", (node.name or "",))
@@ -43,7 +46,7 @@ def read_linear(trace: Trace, node: ir.Node) -> Linear:
     bias: Array | None = None
     if node.op_type == "Gemm":
         weight, bias = _gemm(trace, node, weight)
-    data = _with_batch(trace, names[0])
+    data = _with_batch(trace, names[0]) if batched else names[0]
     shape = trace.shape(data)
     return Linear(
         node,
@@ -57,6 +60,12 @@ def read_linear(trace: Trace, node: ir.Node) -> Linear:
         trace.original_initializer(names[2]) if bias is not None else "",
         trace.weight_dtype(found[1]),
     )
+
+
+def stored(array: Array, dtype: np.dtype[np.generic]) -> Array:
+    """The array in the model's dtype if that loses nothing; else in float64, rounded only when it is written out."""
+    small = array.astype(dtype)
+    return small if np.array_equal(small.astype(np.float64), array) else np.asarray(array, dtype=np.float64)
 
 
 def _matrix(weight: Array) -> Array:
@@ -104,7 +113,9 @@ def _with_batch(trace: Trace, name: str) -> str:
 
 def linears_before(trace: Trace, name: str) -> list[ir.Node]:
     """Linear nodes met first when walking back from a value, nearest first."""
-    found, stack, seen = [], [name], set()
+    found: list[ir.Node] = []
+    seen: set[str] = set()
+    stack = [name]
     while stack and len(seen) <= BEYOND_LIMIT:
         value = stack.pop(0)
         node = trace.producer.get(value)
@@ -120,7 +131,8 @@ def linears_before(trace: Trace, name: str) -> list[ir.Node]:
 
 def comes_from_inputs(trace: Trace, name: str) -> bool:
     """Whether a value is made of graph inputs without passing any linear node or product (a cache)."""
-    stack, seen, found = [name], set(), False
+    seen: set[str] = set()
+    stack, found = [name], False
     while stack and len(seen) <= BEYOND_LIMIT:
         value = stack.pop()
         if value in seen or value in trace.fixed or not trace.floating(value):

@@ -6,8 +6,10 @@ result, so the same site always gives the same bytes, whatever its sizes have be
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -21,17 +23,18 @@ from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Fragment
 
 
-def lower(graph: OnnxGraph, sites: Iterable[Site]) -> OnnxGraph:
+def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxGraph:
     """A new graph with composites in place of the sites' regions. The given graph stays as it is.
 
-    Inputs, outputs, dtypes and dynamic axes are unchanged; weights are the sites' own. Raises `Refused` for a site
+    Inputs, outputs, dtypes and dynamic axes are unchanged; weights are the sites' own, rounded to the graph's float
+    dtype unless `exact` (only for checks in float64). Raises `Refused` for a site
     without an output projection, `ModelError` for a site of another graph.
     """
     lowered = graph.clone()
     lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
-    paths = Paths(lowered)
+    paths, dtype = Paths(lowered), None if exact else float_dtype(graph)
     for site in sites:
-        builder = Builder(site.id, lowered.opset, lowered.value)
+        builder = Builder(site.id, lowered.opset, lowered.value, dtype)
         emit(builder, paths, site)
         install(lowered, builder)
     lowered.model.graph.sort()
@@ -41,12 +44,13 @@ def lower(graph: OnnxGraph, sites: Iterable[Site]) -> OnnxGraph:
     return lowered
 
 
-def fragment(graph: OnnxGraph, site: Site) -> Fragment:
+def fragment(graph: OnnxGraph, site: Site, exact: bool = False) -> Fragment:
     """One site as nodes of its own, to run on top of the graph's values. Its output is the site's result.
 
     A cache that the site makes is made anew as well. Raises like `lower`.
     """
-    builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name))
+    dtype = None if exact else float_dtype(graph)
+    builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name), dtype)
     emit(builder, Paths(graph), site)
     return Fragment(tuple(builder.nodes), builder.constants, (result_of(site),))
 
@@ -56,3 +60,12 @@ def result_of(site: Site) -> str:
     if isinstance(site, FeedForwardSite):
         return site.output
     return site.output.value if site.output else ""
+
+
+def float_dtype(graph: OnnxGraph) -> np.dtype[np.generic]:
+    """The float dtype that most of the graph's weights are stored in; float32 if it has none."""
+    sizes: Counter[ir.DataType] = Counter()
+    for value in graph.model.graph.initializers.values():
+        if value.const_value is not None and value.dtype is not None and value.dtype.is_floating_point():
+            sizes[value.dtype] += value.const_value.size
+    return np.dtype(sizes.most_common(1)[0][0].numpy()) if sizes else np.dtype(np.float32)

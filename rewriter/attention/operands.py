@@ -48,7 +48,7 @@ class Operand:
 class Product:
     """A product of two activations: left (lead..., rows, inner) times right (lead..., inner, columns).
 
-    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` is laid out (lead, rows, columns).
+    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` is (lead, rows, columns).
     """
 
     node: ir.Node

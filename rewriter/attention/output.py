@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.linears import Linear, read_linear
+from rewriter.attention.linears import Linear, read_linear, stored
 from rewriter.attention.operands import Operand
 from rewriter.attention.trace import SHAPES, VIEWS, Trace, inputs_of, label, outputs_of
 from rewriter.attention.views import view_between
@@ -30,7 +30,7 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
     several token axes takes. Raises `Refused` if anything but a view lies between, or if the result is read elsewhere.
     """
     node = _single_linear(trace, context.name)
-    linear = read_linear(trace, node)
+    linear = read_linear(trace, node, batched=False)
     data = inputs_of(node)[0]
     view = view_between(trace, context.name, data)
     if view is None:
@@ -45,8 +45,8 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
         raise Refused("output-path", "something is added before the output projection", (label(node),))
     projection = OutputProjection(
         value=linear.result,
-        weight_HDC=weight.astype(linear.dtype),
-        bias_C=None if bias is None or not bias.any() else bias.astype(linear.dtype),
+        weight_HDC=stored(weight, linear.dtype),
+        bias_C=None if bias is None or not bias.any() else stored(bias, linear.dtype),
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,
         rank=rank,
@@ -68,7 +68,9 @@ def _single_linear(trace: Trace, context: str) -> ir.Node:
         for node in trace.consumers[name]:
             if trace.linear(node):
                 linears.append(node)
-            elif (node.op_type in VIEWS and name == inputs_of(node)[0]) or (node.op_type in ("Mul", "Div") and any(i in trace.shaped for i in inputs_of(node))):
+            elif (node.op_type in VIEWS and name == inputs_of(node)[0]) or (
+                node.op_type in ("Mul", "Div") and any(i in trace.shaped for i in inputs_of(node))
+            ):
                 stack += outputs_of(node)
             elif node.op_type not in SHAPES:
                 raise Refused("output-path", f"{node.op_type} between attention and output projection", (label(node),))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rewriter.attention.linears import Linear, comes_from_inputs, linears_before, read_linear
+from rewriter.attention.linears import Linear, comes_from_inputs, linears_before, read_linear, stored
 from rewriter.attention.norms import find_norm
 from rewriter.attention.operands import Operand, slots
 from rewriter.attention.rotary import Turned, find_turn
@@ -102,15 +102,17 @@ def _scaled(projection: Projection, factor: float) -> Projection:
     if projection.norm is not None:
         bias = projection.norm.bias_D
         norm = replace(
-            projection.norm, gain_D=projection.norm.gain_D * factor, bias_D=None if bias is None else bias * factor
+            projection.norm,
+            gain_D=np.float64(factor) * projection.norm.gain_D,
+            bias_D=None if bias is None else np.float64(factor) * bias,
         )
         return replace(projection, norm=norm)
     assert projection.weight_CGD is not None
     bias_GD = projection.bias_GD
     return replace(
         projection,
-        weight_CGD=(projection.weight_CGD * factor).astype(projection.weight_CGD.dtype),
-        bias_GD=None if bias_GD is None else (bias_GD * factor).astype(bias_GD.dtype),
+        weight_CGD=stored(np.float64(factor) * projection.weight_CGD, projection.weight_CGD.dtype),
+        bias_GD=None if bias_GD is None else stored(np.float64(factor) * bias_GD, bias_GD.dtype),
     )
 
 
@@ -149,8 +151,8 @@ def _projection(
         bias_GD = bias_GD + linear.bias_N[layout.order_GD]
     return Projection(
         source=linear.source,
-        weight_CGD=linear.weight_CN[:, layout.order_GD].astype(linear.dtype),
-        bias_GD=bias_GD.astype(linear.dtype) if bias_GD.any() else None,
+        weight_CGD=stored(linear.weight_CN[:, layout.order_GD], linear.dtype),
+        bias_GD=stored(bias_GD, linear.dtype) if bias_GD.any() else None,
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,
         time_first=layout.time_first,
@@ -193,8 +195,8 @@ def _turned(
     if norm is not None:
         # a norm is not linear: what scales its input stays in the weights
         projection = _scaled(projection, view.factor) if view.factor != 1.0 else projection
-        bias_D = None if norm.bias_D is None else norm.bias_D.astype(linear.dtype)
-        norm = HeadNorm(norm.kind, norm.gain_D.astype(linear.dtype), bias_D, norm.epsilon)
+        bias_D = None if norm.bias_D is None else stored(norm.bias_D, linear.dtype)
+        norm = HeadNorm(norm.kind, stored(norm.gain_D, linear.dtype), bias_D, norm.epsilon)
         factor = turned.factor
     return Raised(replace(projection, norm=norm, rotary=turned.rotary), factor, batch, linear)
 

@@ -14,7 +14,7 @@ from rewriter.core.site import Array, Rotary
 
 @dataclass(frozen=True)
 class Turned:
-    """What lies between a (batch, heads, tokens, dim) value and the operand: maybe a rotation, then factor, then heads."""
+    """What turns a (batch, heads, tokens, dim) value into the operand: maybe a rotation, then factor, then heads."""
 
     rotary: Rotary | None
     factor: float
@@ -45,7 +45,7 @@ def heads_read(plain_BGTD: Array, got_BHTD: Array, tolerance: float = 1e-8) -> t
 
 
 def find_turn(trace: Trace, source: str, operand: Operand, batch: int) -> Turned | None:
-    """The path from a (batch, heads, tokens, dim) value to the operand: a repetition of heads, or a rotation before it."""
+    """What turns a (batch, heads, tokens, dim) value into the operand: heads repeated, maybe rotated before."""
     u = np.random.default_rng(1).standard_normal(trace.shape(source))
     results = trace.probe(source, operand.name, [u, np.zeros_like(u)])
     if results is None or np.abs(results[1]).max() > 0:

@@ -41,7 +41,9 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
     slope = _slope(small[free] - zero[free], 1e-3 * raw[free])
     bound = float(np.abs(far[free] - zero[free]).max())
     softcap = bound if bound < 0.5 * FAR * abs(slope) else 0.0
-    if softcap:
+    if not softcap:
+        slope = _slope(far[free] - zero[free], FAR * np.sign(raw[free]))
+    else:
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
     for factor, got in ((1.0, one), (2.0, two)):
         content = factor * slope * raw
@@ -64,13 +66,15 @@ def _capped_slope(effect: Array, raw: Array, softcap: float, guess: float) -> fl
 
 
 def tidy(value: float) -> float:
-    """The float32 that a constant was stored as, where the measured value is one up to rounding of the probe."""
-    single = float(np.float32(value))
-    return single if abs(single - value) <= 1e-12 * abs(value) else value
+    """The number a model meant, where the measured one equals it up to rounding: a float32, or one over a float32."""
+    for candidate in (float(np.float32(value)), 1.0 / float(np.float32(1.0 / value)) if value else 0.0):
+        if abs(candidate - value) <= 1e-12 * abs(value):
+            return candidate
+    return value
 
 
 def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) -> ScoreBias:
-    """The additive part `zero` as a reference: a value that is added, or the graph's own path with a product of zeros."""
+    """The additive part `zero` as a reference: a value that is added, or the graph's own path from zeros."""
     if zero.ndim > 4:
         raise Refused("score-rank", f"scores with {zero.ndim} axes")
     if not zero.any():
@@ -89,7 +93,15 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
     small = _try_probe(trace, product, scores, tiny) if not folded else None
     if small is not None and small.ndim == 4 and np.array_equal(np.broadcast_to(small, zero.shape), zero):
         return ScoreBias("path", product, scores, heads_axis=small.shape[1])
-    return ScoreBias("path", product, scores, full_shape=True, heads_axis=heads, folded=folded)
+    return ScoreBias(
+        "path",
+        product,
+        scores,
+        full_shape=True,
+        heads_axis=heads,
+        folded=folded,
+        product_rank=len(trace.shape(product)),
+    )
 
 
 def _try_probe(trace: Trace, source: str, target: str, replacement: Array) -> Array | None:

@@ -15,7 +15,7 @@ from rewriter.attention.operands import Operand, Product, matrix_product
 from rewriter.attention.output import RaisedOutput, raise_output
 from rewriter.attention.projections import Raised, raise_operand
 from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, tidy
-from rewriter.attention.trace import Trace, label, outputs_of
+from rewriter.attention.trace import Trace, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import Array, AttentionSite, Projection, ScoreBias, State
 
@@ -166,13 +166,29 @@ def _cross(trace: Trace, query: Projection, key: Projection) -> bool:
 
 def _bias_dependence(trace: Trace, site: AttentionSite, raised: tuple[Raised, Raised, Raised]) -> AttentionSite:
     """A bias made from queries or keys is kept as a value, and named: some rewrites must refuse it."""
-    target = site.bias.value if site.bias.kind == "value" else ""
+    targets = _bias_sources(trace, site.bias)
     problems = list(site.problems)
     for role, operand in zip(("query", "key"), raised, strict=False):
-        if target and operand.linear and trace.between(operand.linear.result, target):
+        if operand.linear and any(_moves(trace, operand.linear.result, target) for target in targets):
             why = f"an additive term of the scores is computed from the {role} projection"
-            problems.append(Refusal(f"bias-depends-on-{role}", why, (target,)))
+            problems.append(Refusal(f"bias-depends-on-{role}", why, tuple(targets)))
     return replace(site, problems=tuple(problems))
+
+
+def _bias_sources(trace: Trace, bias: ScoreBias) -> list[str]:
+    """The values an additive term is made of: itself, or what its path reads besides the product."""
+    if bias.kind != "path":
+        return [bias.value] if bias.value else []
+    path = trace.between(bias.value, bias.path_end) or []
+    inside = {bias.value}.union(*(outputs_of(node) for node in path))
+    read = dict.fromkeys(name for node in path for name in inputs_of(node))
+    return [name for name in read if name not in inside and name not in trace.shaped and trace.floating(name)]
+
+
+def _moves(trace: Trace, source: str, target: str) -> bool:
+    random = np.random.default_rng(7).standard_normal(trace.shape(source))
+    moved = trace.probe(source, target, [random])
+    return moved is not None and not np.array_equal(moved[0], trace.value(target), equal_nan=True)
 
 
 def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> AttentionSite:

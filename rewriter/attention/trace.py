@@ -18,9 +18,38 @@ from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, reads
 
 VIEWS = frozenset(
-    ["Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile", "Concat", "Identity", "Flatten", "Cast", "Pad"]
+    [
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Split",
+        "Slice",
+        "Gather",
+        "Expand",
+        "Tile",
+        "Concat",
+        "Identity",
+        "Flatten",
+        "Cast",
+        "Pad",
+    ]
 )
-DATA_FIRST = frozenset(["Reshape", "Expand", "Tile", "Gather", "Slice", "Squeeze", "Unsqueeze", "Split", "Pad", "ScatterND", "GatherElements"])
+DATA_FIRST = frozenset(
+    [
+        "Reshape",
+        "Expand",
+        "Tile",
+        "Gather",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+        "Split",
+        "Pad",
+        "ScatterND",
+        "GatherElements",
+    ]
+)
 PRODUCTS = frozenset(("MatMul", "FusedMatMul", "Einsum"))
 SHAPES = frozenset(("Shape", "Size"))
 
@@ -43,8 +72,8 @@ def label(node: ir.Node) -> str:
 class Trace:
     """A graph, the values of one run (float64), its producers and consumers, and partial re-execution.
 
-    With `like`, the structure is taken from another run of the same
-    graph. `fixed` holds the names computed from initialisers alone (possible weights), `shaped` adds what shapes decide.
+    With `like`, the structure is taken from another run of the same graph. `fixed` holds the names computed from
+    initialisers alone (possible weights), `shaped` adds what shapes decide.
     """
 
     def __init__(
@@ -57,10 +86,12 @@ class Trace:
         self.graph, self.feeds = graph, dict(feeds)
         self.interpreter = interpreter or Interpreter(graph, dtype=torch.float64)
         self.env: dict[str, torch.Tensor] = {**self.interpreter.constants, **self.interpreter.run(feeds, taps="all")}
-        self.paths = like.paths if like else Paths(graph)
+        self.paths: Paths = like.paths if like else Paths(graph)
         self.nodes, self.producer, self.consumers = self.paths.nodes, self.paths.producer, self.paths.consumers
         self.outputs = {spec.name for spec in graph.outputs}
         self.inputs = {spec.name for spec in graph.inputs}
+        self.fixed: set[str]
+        self.shaped: set[str]
         self.fixed, self.shaped = (like.fixed, like.shaped) if like else self._constancy()
 
     def _constancy(self) -> tuple[set[str], set[str]]:
@@ -117,7 +148,8 @@ class Trace:
         if not path:
             return [target]
         last_use = {name: i for i, node in enumerate(path) for name in reads(node)}
-        live, found = {source}, []
+        live: set[str] = {source}
+        found: list[str] = []
         for i, node in enumerate(path):
             live = {name for name in live if last_use.get(name, -1) > i}
             live.update(name for name in outputs_of(node) if last_use.get(name, -1) > i or name == target)
@@ -125,23 +157,29 @@ class Trace:
                 found += live
         return [source, *(name for name in dict.fromkeys(found) if name != target), target]
 
+    def weight(self, name: str) -> bool:
+        """Whether a value can be a weight: constant, or cut from a constant by sizes that shapes decide."""
+        if name in self.fixed:
+            return True
+        return name in self.shaped and self.floating(name) and self.original_initializer(name) in self.fixed
+
     def linear(self, node: ir.Node) -> tuple[int, str] | None:
         """(position of the data input, name of the weight) if the node multiplies data by a constant weight."""
         names = inputs_of(node)
         if node.op_type in ("MatMul", "FusedMatMul", "Gemm") or (node.op_type == "Einsum" and len(names) == 2):
-            constant = [name in self.fixed for name in names[:2]]
+            constant = [self.weight(name) for name in names[:2]]
             if constant == [False, True]:
                 return 0, names[1]
             if constant == [True, False]:
                 return 1, names[0]
-        if node.op_type == "Conv" and names[1] in self.fixed:
+        if node.op_type == "Conv" and self.weight(names[1]):
             return 0, names[1]
         return None
 
     def bilinear(self, node: ir.Node) -> bool:
         """True if the node multiplies two activations."""
         names = inputs_of(node)
-        return node.op_type in PRODUCTS and len(names) == 2 and not any(name in self.fixed for name in names)
+        return node.op_type in PRODUCTS and len(names) == 2 and not any(self.weight(name) for name in names)
 
     def data_inputs(self, node: ir.Node) -> list[str]:
         """The inputs that carry data, without shapes, indices and conditions."""

@@ -123,7 +123,7 @@ class ScoreBias:
     graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
-    heads share one axis in the graph.
+    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from.
     """
 
     kind: Literal["none", "value", "bool", "path"] = "none"
@@ -132,6 +132,7 @@ class ScoreBias:
     full_shape: bool = False
     heads_axis: int = 1
     folded: bool = False
+    product_rank: int = 4
     keep: tuple[int, ...] | None = None
 
     def keep_heads(self, query_heads: tuple[int, ...]) -> ScoreBias:
