@@ -48,7 +48,7 @@ class Bench(Protocol):
         ...
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, if there is one; `open` may follow."""
         ...
 
 

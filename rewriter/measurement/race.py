@@ -29,6 +29,9 @@ class Rules:
     It stops after at least `least_rounds` once every ratio to the first subject is known to ``± margin`` of itself,
     and at the latest after `most_rounds`, or `budget_s` once there are enough blocks for an interval. A block lasts
     about `block_s`; the first `warm_rounds` rounds and the first `warm_up_runs` of each block do not count.
+
+    After `reopen_every` rounds (0: never) everybody starts in new processes: where memory happens to lie can make one
+    process a percent faster than the next for all of its life.
     """
 
     least_rounds: int = 10
@@ -39,6 +42,7 @@ class Rules:
     warm_rounds: int = 1
     warm_up_runs: int = 1
     most_runs: int = 500
+    reopen_every: int = 0
     timeout_s: float = 120.0
     seed: int = 0
 
@@ -126,8 +130,10 @@ class _Contest:
         return [name for name in self.benches if name not in self.failures]
 
     def open(self) -> None:
-        """Load everybody, one after the other, and find how many runs fill a block."""
-        for name, bench in self.benches.items():
+        """Load everybody still in, one after the other in any order, and find how many runs fill a block."""
+        for name in self._shuffled():
+            bench = self.benches[name]
+            bench.close()
             failure = bench.open()
             first = failure if failure is not None else bench.block(3, self.rules.warm_up_runs)
             if isinstance(first, WorkerFailure):
@@ -138,10 +144,12 @@ class _Contest:
 
     def run(self, clock: Callable[[], float], progress: Callable[[Progress], None] | None) -> Stopped:
         """Rounds until the rules say stop."""
-        begun_s = clock()
-        for _ in range(self.rules.warm_rounds):
-            self._round(keep=False)
+        begun_s, every = clock(), self.rules.reopen_every
+        self._warm_up()
         for number in range(1, self.rules.most_rounds + 1):
+            if every and number > 1 and number % every == 1 % every:
+                self.open()
+                self._warm_up()
             self._round(keep=True)
             if not self.running:
                 return "nothing left"
@@ -164,11 +172,16 @@ class _Contest:
         for bench in self.benches.values():
             bench.close()
 
+    def _shuffled(self) -> list[str]:
+        return self._random.sample(self.running, len(self.running))
+
+    def _warm_up(self) -> None:
+        for _ in range(self.rules.warm_rounds):
+            self._round(keep=False)
+
     def _round(self, keep: bool) -> None:
         """One block of everybody, in an order of its own: neighbours would otherwise always meet the same caches."""
-        order = self.running
-        self._random.shuffle(order)
-        for name in order:
+        for name in self._shuffled():
             block = self.benches[name].block(self.runs[name], self.rules.warm_up_runs)
             if isinstance(block, WorkerFailure):
                 self._drop(name, block)
