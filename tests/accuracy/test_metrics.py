@@ -145,7 +145,7 @@ def test_the_default_is_chosen_by_the_output_and_said():
 
 
 def test_an_unknown_metric_is_answered_with_the_known():
-    with pytest.raises(OptionError, match="unknown metric 'bleu'.*cosine, similarity, knn"):
+    with pytest.raises(OptionError, match=r"unknown metric 'bleu'.*cosine, similarity, knn"):
         choose_metric("bleu", vectors())
     with pytest.raises(OptionError, match="no output has rows of floating-point numbers"):
         choose_metric(None, {"ids": np.zeros((3, 4), dtype=np.int64)})
@@ -154,9 +154,6 @@ def test_an_unknown_metric_is_answered_with_the_known():
 def test_batches_score_like_the_whole():
     original, new = vectors(), vectors(seed=1)
     metric = METRICS["similarity"](Reference(original))
-    cut = [
-        ({"embedding": original["embedding"][i : i + 30]}, {"embedding": new["embedding"][i : i + 30]})
-        for i in (0, 30, 60)
-    ]
+    cut = [[{"embedding": x["embedding"][i : i + 30]} for x in (original, new)] for i in (0, 30, 60)]
     joined = join([metric.paired(a, b) for a, b in cut])
     assert np.allclose(joined.losses, metric.paired(original, new).losses)
