@@ -28,6 +28,8 @@ def check_proto(proto: onnx.ModelProto, file: Path) -> None:
         raise ModelError(f"{file}: the graph has no outputs", _AGAIN)
     _check_versions(proto, file)
     _check_names(proto.graph, file, set(), "the graph")
+    if any(graph.sparse_initializer for graph in _graphs(proto)):
+        raise ModelError(f"{file} has sparse weights", "Export it with dense weights")
     for tensor in _tensors(proto):
         _check_tensor(tensor, file)
 
@@ -55,7 +57,7 @@ def _check_versions(proto: onnx.ModelProto, file: Path) -> None:
 def _check_names(graph: onnx.GraphProto, file: Path, outer: set[str], where: str) -> None:
     """Single assignment, and every value read is defined somewhere (order does not matter here)."""
     inputs = [value.name for value in graph.input]
-    weights = {tensor.name for tensor in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    weights = [tensor.name for tensor in graph.initializer]
     produced = [name for node in graph.node for name in node.output if name]
     if "" in weights or "" in inputs:
         raise ModelError(f"{file}: {where} has an input or a weight without a name", _AGAIN)
@@ -66,7 +68,7 @@ def _check_names(graph: onnx.GraphProto, file: Path, outer: set[str], where: str
     )
     if repeated:
         raise ModelError(f"{file}: {where} defines {repeated!r} more than once", _AGAIN)
-    known = outer | set(inputs) | weights | set(produced)
+    known = outer | {*inputs, *weights, *produced}
     for node in graph.node:
         for name in node.input:
             if name and name not in known:
@@ -198,9 +200,6 @@ def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     for graph in _graphs(proto):
         yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield sparse.values
-            yield sparse.indices
     for node in _nodes(proto):
         for attribute in node.attribute:
             if attribute.HasField("t"):

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
 from rewriter.core.errors import ModelError
-from rewriter.graph.proto_checks import check_proto
+from rewriter.graph.proto_checks import check_proto, external_file
 
 _EXPORT_AGAIN = "Export the model again"
 _MAX_FILE_BYTES = 2**31 - 1  # protobuf reads no larger message
@@ -68,12 +68,14 @@ def from_checked_proto(proto: onnx.ModelProto, file: Path) -> ir.Model:
     logger.setLevel(logging.ERROR)  # its warnings repeat what is checked here
     try:
         model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, file.parent)
+        if "ai.onnx" in model.opset_imports:  # the long name of the standard domain
+            model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
         if model.functions:
             common.InlinePass()(model)
             common.RemoveUnusedFunctionsPass()(model)
         for graph in model.graphs():
             _sort(graph, file)
+            _settle(graph, file)
     except ModelError:
         raise
     except Exception as problem:
@@ -81,6 +83,37 @@ def from_checked_proto(proto: onnx.ModelProto, file: Path) -> ir.Model:
     finally:
         logger.setLevel(level)
     return model
+
+
+def _settle(graph: ir.Graph, file: Path) -> None:
+    """Weights where they stay: arrays instead of wrapped messages (which copy their bytes at every look), external
+    ones mapped from where their file really lies. Tensors in attributes come into memory.
+    """
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = _settled(value.const_value, file)
+    for node in graph:
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                tensor = _settled(attribute.as_tensor(), file)
+                node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy(), dtype=tensor.dtype))
+
+
+def _settled(tensor: ir.TensorProtocol, file: Path) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.ExternalTensor):
+        real = external_file(file, str(tensor.location), tensor.name or "").resolve()
+        return ir.ExternalTensor(
+            real.name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(list(tensor.shape)),
+            name=tensor.name or "",
+            base_dir=real.parent,
+        )
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype.bitwidth >= 8:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return tensor
 
 
 def _sort(graph: ir.Graph, file: Path) -> None:

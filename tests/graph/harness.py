@@ -61,9 +61,7 @@ def graph_of(proto: onnx.ModelProto) -> OnnxGraph:
     return OnnxGraph(ir.from_proto(proto))
 
 
-def ours(
-    proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], dtype: torch.dtype | None = None
-) -> list[np.ndarray]:
+def ours(proto: onnx.ModelProto, feeds: Mapping[str, np.ndarray], dtype: torch.dtype | None = None) -> list[np.ndarray]:
     results = Interpreter(graph_of(proto), dtype).run(feeds)
     return [to_numpy(results[output.name]) for output in proto.graph.output]
 

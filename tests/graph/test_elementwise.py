@@ -7,7 +7,40 @@ import pytest
 
 from tests.graph.harness import compare, i64, numbers, whole
 
-REAL = "Abs Asinh Atan Ceil Cos Cosh Elu Erf Exp Floor HardSigmoid HardSwish Identity IsNaN LeakyRelu Mish Neg Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Tan Tanh Celu ThresholdedRelu Shrink Gelu".split()
+REAL = [
+    "Abs",
+    "Asinh",
+    "Atan",
+    "Ceil",
+    "Cos",
+    "Cosh",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "IsNaN",
+    "LeakyRelu",
+    "Mish",
+    "Neg",
+    "Relu",
+    "Round",
+    "Selu",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Softplus",
+    "Softsign",
+    "Tan",
+    "Tanh",
+    "Celu",
+    "ThresholdedRelu",
+    "Shrink",
+    "Gelu",
+]
 
 
 @pytest.mark.parametrize("op", REAL)

@@ -93,7 +93,9 @@ def test_pooling_whole_planes_and_integers() -> None:
     compare("MaxPool", [whole(1, 1, 4, 4, dtype=np.int8)], runtime=True, kernel_shape=[2, 2], strides=[2, 2])
 
 
-@pytest.mark.parametrize("mode", ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel", "half_pixel_symmetric"])
+@pytest.mark.parametrize(
+    "mode", ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel", "half_pixel_symmetric"]
+)
 @pytest.mark.parametrize("kind", ["nearest", "linear", "cubic"])
 @pytest.mark.parametrize("scale", [0.6, 2.0])
 def test_resize_by_scales(mode: str, kind: str, scale: float) -> None:
@@ -245,12 +247,19 @@ def test_rotary_embedding(interleaved: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_quantise_and_back(dtype: Any) -> None:
-    x, scale = 50 * numbers(3, 4), np.float32(0.4)
+    x, scale = 50 * numbers(3, 4), np.array(0.4, np.float32)
     compare("QuantizeLinear", [x, scale, np.array(3, dtype)], opset=13, runtime=True)
-    compare("DequantizeLinear", [whole(3, 4, low=0, high=100, dtype=dtype), scale, np.array(3, dtype)], opset=13, runtime=True)
+    compare(
+        "DequantizeLinear",
+        [whole(3, 4, low=0, high=100, dtype=dtype), scale, np.array(3, dtype)],
+        opset=13,
+        runtime=True,
+    )
     scales, zeros = np.abs(numbers(4)) + 0.1, whole(4, low=0, high=5, dtype=dtype)
     compare("QuantizeLinear", [x, scales, zeros], opset=13, runtime=True, axis=1)
-    compare("DequantizeLinear", [whole(3, 4, low=0, high=100, dtype=dtype), scales, zeros], opset=13, runtime=True, axis=-1)
+    compare(
+        "DequantizeLinear", [whole(3, 4, low=0, high=100, dtype=dtype), scales, zeros], opset=13, runtime=True, axis=-1
+    )
 
 
 def test_quantise_in_blocks() -> None:

@@ -169,7 +169,18 @@ def test_selection() -> None:
     compare("Unique", [whole(8, low=0, high=4)], outputs=("y0", "y1", "y2", "y3"), sorted=0)
 
 
-REDUCTIONS = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum ReduceLogSumExp".split()
+REDUCTIONS = [
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceSumSquare",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+]
 
 
 @pytest.mark.parametrize("op", REDUCTIONS)
