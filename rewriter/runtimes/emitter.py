@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.core.errors import UnsupportedOperator
-from rewriter.graph.onnx import constant_of
-
 _LAST = np.iinfo(np.int64).max
-_SAME_RANK = frozenset(
-    "Cast Transpose Softmax Identity Neg Sqrt Tanh Sigmoid Relu Erf Gelu Slice Concat Pad Clip Exp Dropout "  # noqa: SIM905
-    "LayerNormalization RMSNormalization SimplifiedLayerNormalization RotaryEmbedding Rotary HeadNorm".split()
-)
-_BROADCAST = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Where", "MatMul", "Linear", "Max", "Min"))
 
 
 class Names:
@@ -103,106 +94,3 @@ class Emitter:
 
 def _type(array: np.ndarray) -> ir.TensorType:
     return ir.TensorType(ir.DataType.from_numpy(array.dtype))
-
-
-def dtype_of(value: ir.Value) -> np.dtype[Any]:
-    """The floating dtype of a value: as declared, or that of the first floats its producers are known to read."""
-    known = _search(value, _declared_float)
-    return np.dtype(np.float32) if known is None else known
-
-
-def _declared_float(value: ir.Value) -> np.dtype[Any] | None:
-    producer = value.producer()
-    if value.dtype is None and producer is not None and producer.op_type == "Cast":
-        return ir.DataType(producer.attributes["to"].as_int()).numpy()
-    return value.dtype.numpy() if value.dtype is not None and value.dtype.is_floating_point() else None
-
-
-def _search(value: ir.Value, look: Callable[[ir.Value], Any]) -> Any:
-    """What `look` finds first, walking back from `value` through producers, nearest first."""
-    todo, seen = [value], {id(value)}
-    while todo:
-        current = todo.pop(0)
-        found = look(current)
-        if found is not None:
-            return found
-        producer = current.producer()
-        for read in () if producer is None else producer.inputs:
-            if read is not None and id(read) not in seen:
-                seen.add(id(read))
-                todo.append(read)
-    return None
-
-
-def rank_of(value: ir.Value) -> int:
-    """How many axes a value has: as declared, or worked out through the operators that make it.
-
-    Raises `UnsupportedOperator` where neither says.
-    """
-    rank = _rank(value, {})
-    if rank is None:
-        producer = value.producer()
-        kind, node = ("graph input", value.name) if producer is None else (producer.op_type, producer.name)
-        raise UnsupportedOperator("the standard form", kind, node or "", f"{value.name!r} has no declared shape")
-    return rank
-
-
-def declare(value: ir.Value) -> None:
-    """Give a value without type or shape what can be worked out: its dtype, and its number of axes, of unknown size."""
-    dtype, rank = _search(value, _declared_float), _rank(value, {})
-    if value.type is None and dtype is not None:
-        value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
-    if value.type is not None and value.shape is None and rank is not None:
-        value.shape = ir.Shape([None] * rank)
-
-
-def _rank(value: ir.Value, known: dict[int, int | None]) -> int | None:
-    if value.shape is not None:
-        return value.shape.rank()
-    if id(value) not in known:
-        known[id(value)] = None
-        node = value.producer()
-        known[id(value)] = None if node is None else _rank_made_by(node, known)
-    return known[id(value)]
-
-
-def _rank_made_by(node: ir.Node, known: dict[int, int | None]) -> int | None:
-    kind = node.op_type
-    if kind in ("SplitHeads", "Gemm"):
-        return 4 if kind == "SplitHeads" else 2
-    if kind == "Attention" and node.domain:
-        return 3
-    ranks = [None if read is None else _rank(read, known) for read in node.inputs]
-    if kind in _SAME_RANK:
-        return ranks[0]
-    if kind in _BROADCAST:
-        return None if None in ranks else max(rank for rank in ranks if rank is not None)
-    if kind == "Gather" and ranks[0] is not None and ranks[1] is not None:
-        return ranks[0] + ranks[1] - 1
-    if kind == "Reshape" and node.inputs[1] is not None:
-        return _length(node.inputs[1])
-    if kind in ("Unsqueeze", "Squeeze") and ranks[0] is not None:
-        axes = _axes(node)
-        return None if axes is None else ranks[0] + (len(axes) if kind == "Unsqueeze" else -len(axes))
-    return None
-
-
-def _length(shape: ir.Value) -> int | None:
-    array = constant_of(shape)
-    if array is not None:
-        return int(array.size)
-    declared = shape.shape[0] if shape.shape is not None and shape.shape.rank() == 1 else None
-    if isinstance(declared, int):
-        return declared
-    node = shape.producer()
-    if node is not None and node.op_type == "Concat":
-        lengths = [None if part is None else _length(part) for part in node.inputs]
-        return None if None in lengths else sum(length for length in lengths if length is not None)
-    return None
-
-
-def _axes(node: ir.Node) -> Sequence[int] | None:
-    if "axes" in node.attributes:
-        return list(node.attributes["axes"].as_ints())
-    array = constant_of(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return None if array is None else [int(axis) for axis in array.reshape(-1)]

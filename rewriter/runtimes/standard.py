@@ -16,7 +16,8 @@ import onnx_ir as ir
 from rewriter.core.errors import UnsupportedOperator
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.emitter import Emitter, Names, declare, dtype_of
+from rewriter.runtimes.emitter import Emitter, Names
+from rewriter.runtimes.shapes import declare, dtype_of, sizes_of
 from rewriter.runtimes.standard_attention import attention, split_heads
 
 Form = Literal["decomposed", "attention"]
@@ -60,7 +61,7 @@ def _linear(emitter: Emitter) -> ir.Value:
     """``act(x @ W + b)``, as `Gemm` where x is known to be a matrix and there is a bias."""
     x, weight_CN, bias_N = _operands(emitter)[:3]
     assert x is not None and weight_CN is not None
-    if bias_N is not None and x.shape is not None and x.shape.rank() == 2:
+    if bias_N is not None and x.shape is not None and len(x.shape) == 2:
         y = emitter.op("Gemm", x, weight_CN, bias_N)
     else:
         y = emitter.op("MatMul", x, weight_CN)
@@ -137,7 +138,7 @@ def _rotary(e: Emitter) -> ir.Value:
     assert x is not None and cos is not None and sin is not None
     attributes = e.node.attributes
     size, interleaved = attributes.get_int("size", 0), bool(attributes.get_int("interleaved", 0))
-    whole = x.shape is not None and x.shape[-1] == size
+    whole = sizes_of(x, 4)[-1] == size
     turned = x if whole else e.cut(x, 0, size)
     if interleaved:
         pair = (e.op("Neg", e.cut(turned, 1, size, 2)), e.cut(turned, 0, size, 2))

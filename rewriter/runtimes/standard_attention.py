@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.runtimes.emitter import Emitter, dtype_of, rank_of
+from rewriter.runtimes.emitter import Emitter
+from rewriter.runtimes.shapes import Size, Sizes, dtype_of, sizes_of
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,25 @@ class _Operand:
     """One of query, key, value: `heads` are the G it has, `head_of` which of them each query head reads."""
 
     value: ir.Value
-    rank: int
+    sizes: Sizes
     heads: int
     head_of: tuple[int, ...]
 
     @property
     def dim(self) -> int:
         """Dims of one head, or -1 when the graph does not say."""
-        last = self.value.shape[-1] if self.value.shape is not None else None
+        last = self.sizes[-1]
         return -1 if not isinstance(last, int) else last // (self.heads if self.rank == 3 else 1)
+
+    @property
+    def rank(self) -> int:
+        """3 for (B, tokens, G*D), 4 for (B, G, tokens, D)."""
+        return len(self.sizes)
+
+    @property
+    def tokens(self) -> Size:
+        """How many tokens, where known."""
+        return self.sizes[-2] if self.rank == 4 else self.sizes[1]
 
     @property
     def direct(self) -> bool:
@@ -41,7 +52,7 @@ def split_heads(e: Emitter) -> ir.Value:
     x = e.node.inputs[0]
     assert x is not None
     heads = e.node.attributes.get_int("heads", 1)
-    return _heads_first(e, _Operand(x, 3, heads, tuple(range(heads))), (0, 2, 1, 3))
+    return _heads_first(e, _Operand(x, sizes_of(x, 3), heads, tuple(range(heads))), (0, 2, 1, 3))
 
 
 def attention(e: Emitter, fused: bool) -> ir.Value:
@@ -59,7 +70,7 @@ def _operand(node: ir.Node, index: int, name: str) -> _Operand:
     attributes = node.attributes
     heads = attributes.get_int(f"{name}_heads", attributes.get_int("heads", 1))
     head_of = attributes.get_ints(f"{name}_head_of", range(heads))
-    return _Operand(value, rank_of(value), heads, tuple(head_of))
+    return _Operand(value, sizes_of(value), heads, tuple(head_of))
 
 
 def _heads_first(e: Emitter, x: _Operand, order: Sequence[int]) -> ir.Value:
@@ -140,7 +151,8 @@ def _agrees(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bias: i
         return True
     if kind != "bool" or attributes.get_string("empty_rows", "nan") != "zero" or softcap:
         return False
-    return 2 <= rank_of(bias) <= 4 and _axis(bias, -1) not in (None, 1)
+    sizes = sizes_of(bias)
+    return 2 <= len(sizes) <= 4 and sizes[-1] not in (None, 1)
 
 
 def _fused(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bias: ir.Value | None) -> ir.Value:
@@ -158,15 +170,9 @@ def _fused(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bias: ir
 
 def _every_query(e: Emitter, query: _Operand, bias: ir.Value) -> ir.Value:
     """The bias with a row for each query: ONNX Runtime 1.31 refuses masks that are to be broadcast over queries."""
-    axis, rank = query.rank - 2, rank_of(bias)
-    if _axis(query.value, axis) is not None and _axis(query.value, axis) == _axis(bias, -2):
+    sizes = sizes_of(bias)
+    if query.tokens is not None and query.tokens == sizes[-2]:
         return bias
-    queries = e.op("Shape", query.value, start=axis, end=axis + 1)
-    shape = e.op("Concat", e.ints(*([1] * (rank - 2))), queries, e.ints(1), axis=0)
+    queries = e.op("Shape", query.value, start=query.rank - 2, end=query.rank - 1)
+    shape = e.op("Concat", e.ints(*([1] * (len(sizes) - 2))), queries, e.ints(1), axis=0)
     return e.op("Expand", bias, shape)
-
-
-def _axis(value: ir.Value, axis: int) -> int | str | None:
-    """Size or name of one axis, None where neither is declared."""
-    size = None if value.shape is None else value.shape[axis]
-    return size.value if isinstance(size, ir.SymbolicDim) else size
