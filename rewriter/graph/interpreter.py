@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rewriter.graph.operators  # noqa: F401  (registers the operators)
 from rewriter.core.errors import DataError, ModelError, UserError
-from rewriter.graph.onnx import OnnxGraph, reads
+from rewriter.graph.onnx import OnnxGraph, TensorSpec, reads
 from rewriter.graph.operators.registry import Call, Environment, Implementation, decode, find
 from rewriter.graph.tensors import to_torch
 
@@ -29,6 +29,7 @@ class _Step:
     call: Call
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    reads: tuple[str, ...]  # inputs and what subgraphs take from outside
 
 
 class Interpreter:
@@ -37,7 +38,8 @@ class Interpreter:
     `dtype` (usually ``torch.float64``) replaces every float dtype: of initialisers, constants, inputs and targets of
     casts. With `requires_grad` every float initialiser of rank >= 1 is a leaf that collects gradients; otherwise runs
     are under ``torch.inference_mode``. `constants` holds the initialisers by name; they share the model's memory.
-    Raises `UnsupportedOperator` for an operator it does not know, on construction.
+    Raises `UnsupportedOperator` for an operator it does not know, on construction. The graph must not be edited
+    afterwards.
     """
 
     def __init__(self, graph: OnnxGraph, dtype: torch.dtype | None = None, requires_grad: bool = False) -> None:
@@ -48,6 +50,7 @@ class Interpreter:
                 if tensor.is_floating_point() and tensor.ndim >= 1:
                     self.constants[name] = tensor.clone().requires_grad_(True)
         self._steps: dict[int, _Step] = {}
+        self._plans: dict[tuple[str, ...], list[ir.Node]] = {}
         self._subgraph_constants: dict[int, tuple[ir.Graph, dict[str, Tensor]]] = {}
         self._nodes = graph.topological()
         for node in self._nodes:
@@ -63,11 +66,16 @@ class Interpreter:
         for name in wanted:
             self.graph.value(name)
         env = self.bind(feeds)
-        nodes = self._nodes if everything else needed_nodes(self._nodes, wanted)
-        self.run_nodes(nodes, env, None if everything else wanted)
+        self.run_nodes(self._nodes if everything else self._plan(wanted), env, None if everything else wanted)
         if everything:
             return {name: value for name, value in env.items() if name not in self.constants or name in wanted}
         return {name: env[name] for name in wanted}
+
+    def _plan(self, wanted: list[str]) -> list[ir.Node]:
+        key = tuple(wanted)
+        if key not in self._plans:
+            self._plans[key] = needed_nodes(self._nodes, wanted)
+        return self._plans[key]
 
     def bind(self, feeds: Feeds) -> Environment:
         """Checked inputs plus constants: the environment in which nodes run."""
@@ -75,11 +83,25 @@ class Interpreter:
         for spec in self.graph.inputs:
             if spec.name not in feeds:
                 raise DataError(f"the model's input {spec.name!r} is missing", f"Give {spec}")
-            env[spec.name] = self.tensor(feeds[spec.name])
+            env[spec.name] = self._fed(spec, feeds[spec.name])
         unknown = sorted(set(feeds) - {spec.name for spec in self.graph.inputs})
         if unknown:
             raise DataError(f"the model has no input {unknown[0]!r}", f"Its inputs are {self._input_names()}")
         return env
+
+    def _fed(self, spec: TensorSpec, array: np.ndarray | Tensor) -> Tensor:
+        """An input in its declared dtype: wider or narrower numbers are converted, other kinds refused."""
+        tensor = self.tensor(array)
+        declared = to_torch(np.zeros(0, spec.dtype)).dtype if spec.dtype != object else tensor.dtype
+        if spec.shape and tensor.ndim != len(spec.shape):
+            raise DataError(f"input {spec.name!r} has {tensor.ndim} axes, not {len(spec.shape)}", f"Give {spec}")
+        if declared.is_floating_point and tensor.is_floating_point():
+            return tensor.to(self.dtype or declared)
+        if tensor.dtype == declared:
+            return tensor
+        if declared in (torch.int32, torch.int64) and tensor.dtype in (torch.int32, torch.int64):
+            return tensor.to(declared)
+        raise DataError(f"input {spec.name!r} is {tensor.dtype}, not {spec.dtype}", f"Give {spec}")
 
     def tensor(self, array: np.ndarray | Tensor) -> Tensor:
         """An input or constant as this interpreter computes with it."""
@@ -121,7 +143,8 @@ class Interpreter:
             while inputs and not inputs[-1]:
                 inputs = inputs[:-1]
             outputs = tuple(value.name or "" for value in node.outputs)
-            step = self._steps[id(node)] = _Step(node, find(node, opset), call, inputs, outputs)
+            step = _Step(node, find(node, opset), call, inputs, outputs, tuple(reads(node)))
+            self._steps[id(node)] = step
         return step
 
     def _opset(self, node: ir.Node) -> int:
@@ -161,7 +184,7 @@ def needed_nodes(nodes: Iterable[ir.Node], wanted: Iterable[str], have: Collecti
 def _last_uses(steps: list[_Step], keep: Collection[str]) -> dict[int, list[str]]:
     last: dict[str, int] = {}
     for index, step in enumerate(steps):
-        for name in (*step.outputs, *reads(step.node)):
+        for name in (*step.outputs, *step.reads):
             last[name] = index
     dead: dict[int, list[str]] = {}
     for name, index in last.items():

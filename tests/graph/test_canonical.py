@@ -13,7 +13,8 @@ from rewriter.graph.onnx import OnnxGraph
 from tests.graph.harness import graph_of, numbers
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]>
-g (float[N, 3] x, bool p) => (float[N, 3] y, float[N, 3] z, float[N, 3] r) <float[3] w = {1, 2, 3}, float[3] idle = {0, 0, 0}> {
+g (float[N, 3] x, bool p) => (float[N, 3] y, float[N, 3] z, float[N, 3] r)
+  <float[3] w = {1, 2, 3}, float[3] idle = {0, 0, 0}> {
   c = Constant<value_floats = [1.0, 2.0, 4.0]>()
   shared = Identity(w)
   a = Identity(x)

@@ -78,6 +78,11 @@ def test_feeds_that_do_not_fit(interpreter: Interpreter) -> None:
         interpreter.run({})
     with pytest.raises(DataError, match="no input 'q'"):
         interpreter.run({"x": numbers(3, 4), "q": numbers(1)})
+    with pytest.raises(DataError, match=r"input 'x' has 1 axes, not 2. Give x: float32\[Nx4\]"):
+        interpreter.run({"x": numbers(4)})
+    with pytest.raises(DataError, match=r"input 'x' is torch.int64, not float32"):
+        interpreter.run({"x": np.ones((3, 4), np.int64)})
+    assert interpreter.run({"x": numbers(3, 4, dtype=np.float64)})["y"].dtype == torch.float32
     with pytest.raises(ModelError, match=r"MatMul.*x\[3, 5\]"):
         interpreter.run({"x": numbers(3, 5)})
     with pytest.raises(ModelError, match="no value named 'nope'"):
@@ -89,7 +94,7 @@ def test_unknown_operators_are_named_before_anything_runs() -> None:
     info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
     result = helper.make_empty_tensor_value_info("y")
     proto = helper.make_model(helper.make_graph([node], "g", [info], [result]), ir_version=8)
-    with pytest.raises(UnsupportedOperator, match="StringNormalizer.*'clean'"):
+    with pytest.raises(UnsupportedOperator, match=r"StringNormalizer.*'clean'"):
         Interpreter(graph_of(proto))
 
 

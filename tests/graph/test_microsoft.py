@@ -169,5 +169,5 @@ def test_grouped_query_attention_of_a_new_token(attributes: dict[str, Any]) -> N
 def test_forms_that_are_not_run_say_so() -> None:
     q = numbers(1, 2, 8)
     feeds = {"x0": q}
-    with pytest.raises(UnsupportedOperator, match="MultiHeadAttention.*not packed"):
+    with pytest.raises(UnsupportedOperator, match=r"MultiHeadAttention.*not packed"):
         ours(one_node("MultiHeadAttention", [q], 20, domain=MS, num_heads=2), feeds)

@@ -123,6 +123,14 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
     np.testing.assert_allclose(Interpreter(graph).run({"x": numbers(3)})["y"], 4 * numbers(3), rtol=1e-6)
 
 
+def test_the_long_name_of_the_standard_domain(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["ai.onnx" : 17]>
+    g (float[2, 3] x) => (float[2, 3] y) { y = ai.onnx.Softmax(x) }"""
+    graph = load(written(tmp_path, proto_of(text)))
+    assert graph.opset == 17
+    np.testing.assert_allclose(Interpreter(graph).run({"x": numbers(2, 3)})["y"].sum(1), [1, 1], rtol=1e-6)
+
+
 def test_unsorted_nodes_are_sorted(tmp_path: Path) -> None:
     proto = proto_of()
     nodes = list(proto.graph.node)[::-1]
