@@ -20,6 +20,13 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
 
 
+def engine_key() -> dict[str, str]:
+    """What measurements of compiled code depend on besides the target: TVM and our own kernels and lowering."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return {**versions(), "kernels": digest.hexdigest()[:16]}
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as file:

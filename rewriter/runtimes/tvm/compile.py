@@ -41,7 +41,7 @@ class Module:
 
     def structure_key(self, target: Target) -> str:
         """Equal for modules that compile to the same code: weights do not enter."""
-        text = json.dumps([target.key(), versions()], sort_keys=True) + self.functions.script()
+        text = json.dumps([target.key(), versions()], sort_keys=True) + tvm.ir.save_json(self.functions)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -95,6 +95,10 @@ class TvmExecutable:
             self._local.machine = relax.VirtualMachine(self._module, tvm.cpu())
         return self._local.machine
 
+    def forget_machine(self) -> None:
+        """The calling thread gets a new virtual machine on its next run, without any instrument."""
+        self._local.__dict__.pop("machine", None)
+
     # ---- buckets
 
     def _checked(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -137,8 +137,9 @@ class _Writer:
                     self._fetch(row, panel, step, sharers)
                 for u in range(unroll):
                     self._step(row, rows, panel, vectors, step * unroll + u)
-        for u in range(left):
-            self._step(row, rows, panel, vectors, steps * unroll + u)
+        if left:
+            with loop(left) as k:
+                self._step(row, rows, panel, vectors, steps * unroll + k)
         for i in range(rows):
             for n in range(vectors):
                 self._finish(row + i, panel, n, i * vectors + n, columns)
