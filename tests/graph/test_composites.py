@@ -16,15 +16,16 @@ from tests.graph.harness import numbers
 
 
 def run(operator: str, *arrays: np.ndarray | None, **attributes: Any) -> np.ndarray:
-    values = [
-        None if a is None else ir.Value(name=f"x{i}", type=ir.TensorType(ir.DataType.FLOAT), shape=None)
-        for i, a in enumerate(arrays)
-    ]
+    values = [None if array is None else _value(f"x{i}", array) for i, array in enumerate(arrays)]
     node = composite(operator, values, "y", **attributes)
     inputs = [value for value in values if value is not None]
     graph = ir.Graph(inputs, list(node.outputs), nodes=[node], opset_imports={"": 20, COMPOSITE_DOMAIN: 1})
     feeds = {f"x{i}": torch.from_numpy(array) for i, array in enumerate(arrays) if array is not None}
     return Interpreter(OnnxGraph(ir.Model(graph, ir_version=10)), torch.float64).run(feeds)["y"].numpy()
+
+
+def _value(name: str, array: np.ndarray) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
