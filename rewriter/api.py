@@ -55,16 +55,12 @@ def optimize(
     `rewriter.core.options.Options` (effort, runtime, threads, seed, passes, cache_dir, max_time_s, plan, dry_run). With
     `output` the artifacts are written there. Raises `UserError` for bad input.
     """
-    paths = {
-        name: None if value is None else Path(value)
-        for name, value in {"data": data, "tokenizer": tokenizer, "output": output}.items()
-    }
-    for name in ("cache_dir", "plan"):
+    options |= {"data": data, "tokenizer": tokenizer, "output": output}
+    for name in ("data", "tokenizer", "output", "cache_dir", "plan"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
-    asked = Options(
-        target=target, metric=metric, max_drop=MaxDrop.parse(max_drop), shapes=dict(shapes or {}), **paths, **options
-    )
+    drop = MaxDrop.parse(max_drop)
+    asked = Options(target=target, metric=metric, max_drop=drop, shapes=dict(shapes or {}), **options)
     return pipeline.optimize(Path(model), asked, listener=listener)
 
 

@@ -20,6 +20,11 @@ def inspect(model: Path) -> dict[str, Any]:
     return describe(recognise(graph), graph, refusals)
 
 
+# A pass for the other kind of site is no refusal worth reading.
+WRONG_KIND = ("not-attention", "not-feed-forward")
+
+
 def refusals(site: Site) -> Mapping[str, Refusal | None]:
-    """For each pass: None if it may be applied at this site, or why not."""
-    return {name: one.refuse(site) for name, one in discover().items()}
+    """For each pass made for this kind of site: None if it may be applied here, or why not."""
+    verdicts = {name: one.refuse(site) for name, one in discover().items()}
+    return {name: refusal for name, refusal in verdicts.items() if refusal is None or refusal.code not in WRONG_KIND}

@@ -64,13 +64,16 @@ def optimize(model: Path, options: Options, listener: Listener | None = None) ->
     if not options.dry_run:
         check_output(folder)
     progress.expect(_expected(options))
-    with scratch(options.cache_dir or default_cache()) as place, _logged(place / "optimize.log"):
-        with open_session(model, options, progress, place) as session:
-            if options.dry_run:
-                return Result(foretell(session), None)
-            session.log = place / "optimize.log"
-            outcome = _outcome(session)
-            return Result(publish(session, outcome, folder), folder, outcome.interrupted)
+    with (
+        scratch(options.cache_dir or default_cache()) as place,
+        _logged(place / "optimize.log") as log,
+        open_session(model, options, progress, place) as session,
+    ):
+        if options.dry_run:
+            return Result(foretell(session), None)
+        session.log = log
+        outcome = _outcome(session)
+        return Result(publish(session, outcome, folder), folder, outcome.interrupted)
 
 
 def _outcome(session: Session) -> Outcome:
@@ -93,7 +96,7 @@ def _expected(options: Options) -> dict[str, float]:
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
+def _logged(path: Path) -> Iterator[Path]:
     """Everything that is logged during a run goes to a file."""
     logger = logging.getLogger("rewriter")
     handler = logging.FileHandler(path)
@@ -102,7 +105,7 @@ def _logged(path: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        yield
+        yield path
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

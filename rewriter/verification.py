@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewriter.accuracy.metrics import choose_metric
-from rewriter.calibration.data import load_data
-from rewriter.calibration.draw import draw_inputs
+from rewriter.calibration.data import draw_inputs, load_data
 from rewriter.core.errors import ModelError
 from rewriter.core.options import MaxDrop
 from rewriter.graph.interpreter import Interpreter

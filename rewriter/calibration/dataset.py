@@ -80,6 +80,11 @@ class Dataset:
                 first[key] = row
         return self if len(first) == len(self) else self.subset(sorted(first.values()))
 
+    @property
+    def padded_axis(self) -> str | None:
+        """Name of the dynamic axis along which samples are padded, if an input says which positions are padding."""
+        return self._mask_axis()
+
     def lengths(self) -> Indices | None:
         """True tokens per sample, or None if no input says which positions are padding.
 

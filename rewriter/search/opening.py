@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from rewriter.accuracy.splits import Splits, split
 from rewriter.attention.recognise import recognise
@@ -71,7 +74,7 @@ def _splits(data: Dataset | None, options: Options, notes: list[str]) -> Splits 
     return found
 
 
-def _example(data: Dataset) -> dict[str, object]:
+def _example(data: Dataset) -> dict[str, NDArray[Any]]:
     """Four samples to recognise on."""
     return {name: array[:4] for name, array in data.inputs.items()}
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewriter.assembly.plan_file import save as save_plan
+from rewriter.assembly.plan_file import save_plan
 from rewriter.core.errors import ModelError, UserError
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph, TensorSpec
@@ -36,7 +36,7 @@ def publish(session: Session, outcome: Outcome, folder: Path) -> dict[str, Any]:
     with session.progress.stage("write", f"writing {folder}"), writing(folder) as place:
         _write_model(session, outcome, place)
         _write_build(session, outcome, place)
-        save_plan(place, session.graph, outcome.kept.plan, outcome.kept.sites.values())
+        save_plan(place, session.graph, outcome.kept.plan, session.recognition.sites, outcome.kept.sites.values())
         _carry_files(session.graph, place)
         _write_reports(session, outcome, folder, place)
     return json.loads((folder / "report.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rewriter.accuracy.certificate import Verdict
-from rewriter.attention.flops import site_flops
+from rewriter.attention.flops import TOKENS, total
 from rewriter.core.measurement import Interval
 from rewriter.core.site import AttentionSite, Site
 from rewriter.measurement import environment
@@ -16,6 +16,9 @@ from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
 from rewriter.search.session import Session
 from rewriter.search.variant import Variant
+
+# A pass for the other kind of site is no refusal worth reading.
+_WRONG_KIND = ("not-attention", "not-feed-forward")
 
 
 def build_report(session: Session, outcome: Outcome) -> dict[str, Any]:
@@ -25,8 +28,8 @@ def build_report(session: Session, outcome: Outcome) -> dict[str, Any]:
         "model": _model(session),
         "target": session.target.key(),
         "shapes": {name: list(shape) for name, shape in session.workload.shapes.items()},
-        "baseline": _subject(outcome, outcome.original),
-        "best": _subject(outcome, outcome.kept) | _decision(outcome),
+        "baseline": _subject(session, outcome, outcome.original),
+        "best": _subject(session, outcome, outcome.kept) | _decision(outcome),
         "speedup": {
             artifact: {name: _interval(value) for name, value in rivals.items()}
             for artifact, rivals in speedups(outcome).items()
@@ -59,21 +62,27 @@ def _interval(value: Interval | None) -> dict[str, float] | None:
     return None if value is None else value.as_dict()
 
 
-def _subject(outcome: Outcome, variant: Variant) -> dict[str, Any]:
+def _subject(session: Session, outcome: Outcome, variant: Variant) -> dict[str, Any]:
     entry = outcome.finals.entry(variant.name)
     runtime = "tvm" if entry == variant.name else "onnxruntime"
     return {
         "latency_s": _interval(outcome.finals.latency(variant.name)),
         "runtime": runtime if entry else "not measured",
         "parameters": parameters(variant),
-        "flops": sum(site_flops(site) for site in variant.sites.values()),
+        "flops": total(variant.sites.values(), *_batch_and_tokens(session)).flops,
     }
+
+
+def _batch_and_tokens(session: Session) -> tuple[int, int]:
+    """Of the timed shapes: the first input with a token axis says."""
+    shape = max(session.workload.shapes.values(), key=lambda shape: (len(shape) == 2, len(shape)))
+    return shape[0], shape[1] if len(shape) == 2 else TOKENS
 
 
 def parameters(variant: Variant) -> int:
     """Elements of all floating-point weights."""
     arrays = (value.const_value for value in variant.graph.constants.values())
-    return int(sum(np.prod(a.shape) for a in arrays if a is not None and a.dtype.is_floating_point()))
+    return sum(int(a.size) for a in arrays if a is not None and a.dtype.is_floating_point())
 
 
 def _decision(outcome: Outcome) -> dict[str, Any]:
@@ -124,10 +133,8 @@ def _site(session: Session, outcome: Outcome, site: Site) -> dict[str, Any]:
         "kind": "attention" if isinstance(site, AttentionSite) else "feed_forward",
         "state": site.state.value,
         "chosen": [str(option) for option in outcome.kept.plan.at(site.id)],
-        # A pass for the other kind of site is no refusal worth reading.
-        "refusals": {name: str(r) for name, r in refused.items() if r is not None and not r.code.startswith("not-a")
-                     and not r.code.startswith("not-f")},
-    }  # fmt: skip
+        "refusals": {name: str(r) for name, r in refused.items() if r is not None and r.code not in _WRONG_KIND},
+    }
     if isinstance(site, AttentionSite):
         return facts | {"heads": site.heads, "kv_heads": site.kv_heads, "head_dim": site.qk_dim}
     return facts | {"width": site.width}

@@ -128,7 +128,7 @@ def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[st
             site = restructure(by_id[name], options, session.selection.passes, blank)
             wanted.append((name, options, Priced(site, fragment(session.graph, site))))
     table = cost_table(session)
-    values = _values_read(session, state.sites, [priced for *_, priced in wanted])
+    values = values_read(session, state.sites, [priced for *_, priced in wanted])
     intervals = table.latencies_s(session.graph, [p for *_, p in wanted], values, session.progress.advance)
     session.variants_timed += table.measured
     latencies: dict[str, dict[Options, float]] = {}
@@ -137,7 +137,7 @@ def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[st
     return latencies
 
 
-def _values_read(session: Session, sites: Sequence[Site], priced: Sequence[Priced]) -> dict[str, NDArray[Any]]:
+def values_read(session: Session, sites: Sequence[Site], priced: Sequence[Priced]) -> dict[str, NDArray[Any]]:
     """The values that the priced sub-blocks read, at the shapes to be timed, from one run on a real input."""
     names = {name for one in priced for name in one.piece.reads()}
     run = Interpreter(lower(session.graph, list(sites))).run(session.workload.feeds[0], taps=sorted(names))
@@ -146,7 +146,7 @@ def _values_read(session: Session, sites: Sequence[Site], priced: Sequence[Price
 
 def cost_table(session: Session) -> CostTable:
     """The cost table of this target, kept in the cache directory."""
-    from rewriter.runtimes.tvm.runtime import engine_key
+    from rewriter.runtimes.tvm.artifact import engine_key
 
     threads = session.target.threads
 
