@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ class Subject:
     feeds: tuple[Path, ...]
 
 
+@dataclass(frozen=True)
+class Block:
+    """Seconds of single runs, and during how many of them the system gave the core to somebody else."""
+
+    runs_s: tuple[float, ...]
+    preempted: int = 0
+
+
 class Bench(Protocol):
     """A subject that can be timed in blocks."""
 
@@ -39,8 +48,8 @@ class Bench(Protocol):
         """Load everything and run each of the feeds once."""
         ...
 
-    def block(self, runs: int, warm_up: int) -> tuple[float, ...] | WorkerFailure:
-        """Seconds of `runs` single runs, after `warm_up` that are not counted."""
+    def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
+        """`runs` single runs, after `warm_up` that are not counted."""
         ...
 
     def peak_bytes(self) -> int | None:
@@ -66,11 +75,10 @@ class WorkerBench:
         result: WorkerFailure | None = self._worker.call(f"{_HERE}:open_subject", *arguments, timeout_s=self._timeout_s)
         return result
 
-    def block(self, runs: int, warm_up: int) -> tuple[float, ...] | WorkerFailure:
+    def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
         """Time a block in the worker, by its own clock."""
-        result: tuple[float, ...] | WorkerFailure = self._worker.call(
-            f"{_HERE}:run_block", runs, warm_up, timeout_s=self._timeout_s
-        )
+        result: Block | WorkerFailure
+        result = self._worker.call(f"{_HERE}:run_block", runs, warm_up, timeout_s=self._timeout_s)
         return result
 
     def peak_bytes(self) -> int | None:
@@ -108,20 +116,26 @@ def open_subject(runtime: str, artifact: Path, feeds: Sequence[Path], threads: i
     store(_HERE, itertools.cycle(calls))
 
 
-def run_block(runs: int, warm_up: int) -> tuple[float, ...]:
-    """In the worker: seconds of single runs, feeds in turn, the garbage collector off."""
+def run_block(runs: int, warm_up: int) -> Block:
+    """In the worker: a block, feeds in turn, the garbage collector off."""
     calls: Iterator[Callable[[], None]] = fetch(_HERE)
     for call in itertools.islice(calls, warm_up):
         call()
     gc.collect()
     gc.disable()
     try:
-        return tuple(_timed(call) for call in itertools.islice(calls, runs))
+        timed = [_timed(call) for call in itertools.islice(calls, runs)]
     finally:
         gc.enable()
+    return Block(tuple(seconds for seconds, _ in timed), sum(preempted for _, preempted in timed))
 
 
-def _timed(call: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+def _timed(call: Callable[[], None]) -> tuple[float, bool]:
+    switches, begun = _switches(), time.perf_counter()
     call()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, _switches() > switches
+
+
+def _switches() -> int:
+    """How often this process had to give way, over all of its threads."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -16,7 +16,7 @@ import numpy as np
 
 from rewriter.core.measurement import ENOUGH_BLOCKS, Interval, Measurement, speedup
 from rewriter.measurement import environment
-from rewriter.measurement.bench import Bench, Subject, WorkerBench
+from rewriter.measurement.bench import Bench, Block, Subject, WorkerBench
 from rewriter.runtimes.workers import WorkerFailure
 
 Stopped = Literal["narrow", "rounds", "budget", "nothing left"]
@@ -104,7 +104,11 @@ def race(
     finally:
         contest.close()
     around["load_1_minute_after"] = environment.describe(threads, cores)["load_1_minute"]
-    measurements = {name: Measurement(name, tuple(blocks), around) for name, blocks in contest.blocks.items() if blocks}
+    measurements = {
+        name: Measurement(name, tuple(block.runs_s for block in blocks), around | _disturbance(blocks))
+        for name, blocks in contest.blocks.items()
+        if blocks
+    }
     return RaceResult(measurements, contest.failures, stopped, peaks)
 
 
@@ -115,12 +119,18 @@ def compare(measurements: Mapping[str, Measurement], baseline: str, confidence: 
     return {name: speedup(reference, measured, confidence) for name, measured in others.items()}
 
 
+def _disturbance(blocks: Sequence[Block]) -> dict[str, str]:
+    """How many runs another process interrupted: on a quiet machine next to none."""
+    runs = sum(len(block.runs_s) for block in blocks)
+    return {"runs": str(runs), "preempted_runs": str(sum(block.preempted for block in blocks))}
+
+
 class _Contest:
     """The coordinator: who is still in, and what they took."""
 
     def __init__(self, rules: Rules, benches: dict[str, Bench]) -> None:
         self.rules, self.benches = rules, benches
-        self.blocks: dict[str, list[tuple[float, ...]]] = {name: [] for name in benches}
+        self.blocks: dict[str, list[Block]] = {name: [] for name in benches}
         self.failures: dict[str, WorkerFailure] = {}
         self.runs: dict[str, int] = {}
         self._random = random.Random(rules.seed)
@@ -139,7 +149,7 @@ class _Contest:
             if isinstance(first, WorkerFailure):
                 self._drop(name, first)
                 continue
-            fitting = round(self.rules.block_s / max(float(np.median(first)), 1e-9))
+            fitting = round(self.rules.block_s / max(float(np.median(first.runs_s)), 1e-9))
             self.runs[name] = min(max(1, fitting), self.rules.most_runs)
 
     def run(self, clock: Callable[[], float], progress: Callable[[Progress], None] | None) -> Stopped:
@@ -195,6 +205,7 @@ class _Contest:
 
     def _widest(self) -> float:
         """Half the width of the least certain ratio to the first subject still in, relative to the ratio."""
-        first, *others = (Measurement(name, tuple(self.blocks[name])) for name in self.running)
+        left = {name: tuple(block.runs_s for block in self.blocks[name]) for name in self.running}
+        first, *others = (Measurement(name, blocks) for name, blocks in left.items())
         ratios = [speedup(first, other) for other in others]
         return max(((ratio.high - ratio.low) / 2.0 / ratio.median for ratio in ratios), default=0.0)

@@ -106,7 +106,7 @@ class Worker:
         try:
             self._connection.send_bytes(request)
             received = self._receive(timeout_s)
-        except (BrokenPipeError, ConnectionResetError, EOFError):
+        except (OSError, EOFError):
             return self._lost()
         except BaseException:
             # Interrupted half-way: an answer still to come would be taken for that of the next call.
@@ -159,7 +159,7 @@ class Worker:
             if self._connection.poll(_START_LIMIT_S):
                 self._connection.recv_bytes()
                 return None
-        except (EOFError, ConnectionResetError):
+        except (OSError, EOFError):
             return self._lost("could not start")
         return self._stop("timeout", f"did not start within {_START_LIMIT_S:g} s")
 

@@ -40,7 +40,8 @@ def test_a_block_uses_the_feeds_in_turn(tmp_path: Path) -> None:
     finally:
         bench.close()
     assert not isinstance(first, WorkerFailure) and not isinstance(second, WorkerFailure)
-    assert (len(first), len(second)) == (2, 3) and min(*first, *second) > 0
+    assert (len(first.runs_s), len(second.runs_s)) == (2, 3) and min(*first.runs_s, *second.runs_s) > 0
+    assert 0 <= first.preempted <= 2
     # Opening runs each once, then the blocks go on where the last one stopped, the warm-up run included.
     assert (tmp_path / "one.seen").read_text().split() == list("012" + "01" + "2012")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.core.measurement import ENOUGH_BLOCKS, Decision, Measurement, decide
-from rewriter.measurement.bench import Bench, Subject
+from rewriter.measurement.bench import Bench, Block, Subject
 from rewriter.measurement.race import Progress, RaceResult, Rules, compare, race
 from rewriter.runtimes.workers import WorkerFailure
 
@@ -47,7 +47,7 @@ class FakeBench:
         self.opened += 1
         return CRASH if self.fails_to_open else None
 
-    def block(self, runs: int, warm_up: int) -> tuple[float, ...] | WorkerFailure:
+    def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
         self.blocks += 1
         self.sizes.append(runs)
         self.machine.log.append(self.name)
@@ -57,7 +57,7 @@ class FakeBench:
             self.latency_s * self.machine.drift * (1 + self.noise * self.machine.random.random()) for _ in range(runs)
         )
         self.machine.now_s += sum(took)
-        return took
+        return Block(took, preempted=1)
 
     def peak_bytes(self) -> int | None:
         return 1000
@@ -200,6 +200,7 @@ def test_environment_and_memory_travel_with_the_result() -> None:
     machine = Machine()
     result = run([FakeBench(machine, "base", 0.01), FakeBench(machine, "new", 0.01)], machine, Rules())
     assert result.peak_bytes == {"base": 1000, "new": 1000}
+    assert result["new"].environment["preempted_runs"] == str(len(result["new"].blocks_s))
     assert {"processor", "load_1_minute", "load_1_minute_after", "version numpy"} <= set(result["new"].environment)
     assert isinstance(result["new"], Measurement)
 

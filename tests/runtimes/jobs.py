@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
     return {
         **{name: os.environ.get(name) for name in names},
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
-        "heavy": sorted({"torch", "tvm", "onnxruntime", "numpy"} & set(sys.modules)),
+        "heavy": sorted({"torch", "tvm", "onnxruntime"} & set(sys.modules)),
         "main": getattr(sys.modules["__main__"], "__file__", None),
         "interrupt": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
         "pid": os.getpid(),
