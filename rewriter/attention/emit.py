@@ -8,7 +8,7 @@ from rewriter.attention.build import Builder
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, Projection
+from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, Rotary
 
 
 def emit(builder: Builder, paths: Paths, site: AttentionSite | FeedForwardSite) -> None:
@@ -44,7 +44,7 @@ def _emit_attention(b: Builder, paths: Paths, site: AttentionSite) -> None:
         heads=site.heads,
         scale=float(site.scale),
         softcap=float(site.softcap),
-        bias_kind="none" if not bias else "bool" if site.bias.kind == "bool" else "add",
+        bias_kind="none" if not bias else "bool" if site.bias.kind in ("bool", "causal") else "add",
         empty_rows=site.empty_rows,
         **attributes,
     )
@@ -108,16 +108,35 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     turn = projection.rotary
     if turn is not None:
         attributes = {"size": turn.size, "interleaved": int(turn.interleaved), "sign": turn.sign}
-        value = b.composite("Rotary", value, turn.cos, turn.sin, output=final, **attributes)
+        tables = [_table(b, name, turn) for name in (turn.cos, turn.sin)]
+        value = b.composite("Rotary", value, *tables, output=final, **attributes)
     if projection.past:
         value = b.op("Concat", projection.past, value, output=projection.present, axis=2)
     return value
+
+
+def _table(b: Builder, name: str, turn: Rotary) -> str:
+    """A rotary table as (B or 1, G or 1, S, size), by the steps of its form."""
+    for step in turn.table_form:
+        if step == "heads":
+            name = b.unsqueeze(name, 1)
+        elif step == "swap":
+            name = b.op("Transpose", name, perm=[0, 2, 1, 3])
+        elif turn.interleaved:
+            twice = b.op("Concat", *[b.unsqueeze(name, -1)] * 2, axis=-1)
+            lead = b.op("Slice", b.op("Shape", name), b.ints(0), b.ints(-1))
+            name = b.op("Reshape", twice, b.joined([lead, b.ints(turn.size)]))
+        else:
+            name = b.op("Concat", name, name, axis=-1)
+    return name
 
 
 def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -> str:
     bias = site.bias
     if bias.kind == "none":
         return ""
+    if bias.kind == "causal":
+        return _causal(b, site, query, key)
     name = bias.value
     if bias.kind == "path":
         zero = _zeros(b, site, query, key)
@@ -130,6 +149,17 @@ def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -
     if bias.keep is not None and bias.heads_axis > 1:
         name = b.op("Gather", name, b.ints(*bias.keep), axis=-3)
     return b.op("Identity", name, output=f"{site.id}/bias")
+
+
+def _causal(b: Builder, site: AttentionSite, query: str, key: str) -> str:
+    """(1, 1, S, T), True where the key comes no later than the query."""
+    zero, one = b.constant(np.array(0, np.int64)), b.constant(np.array(1, np.int64))
+    steps = []
+    for name, projection in ((query, site.query), (key, site.key)):
+        length = b.op("Squeeze", b.size_of(name, _token_axis(projection)))
+        steps.append(b.op("Range", zero, length, one))
+    later = b.op("Less", b.unsqueeze(steps[0], 1), b.unsqueeze(steps[1], 0))
+    return b.op("Identity", b.unsqueeze(b.op("Not", later), 0, 1), output=f"{site.id}/bias")
 
 
 def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:

@@ -108,7 +108,7 @@ def _plain(trace: Trace, ups: list[ir.Node], down: Linear) -> FeedForwardSite | 
     if len(ups) != 1:
         return None
     hidden = inputs_of(down.node)[0]
-    up = read_linear(trace, ups[0])
+    up = read_linear(trace, ups[0], batched=None)
     for start in reversed(_views(trace, up.result, hidden)):
         for end in _same_shape(trace, start, hidden):
             values = elementwise(trace, start, end)
@@ -155,7 +155,7 @@ def _gate_branch(trace: Trace, ups: list[ir.Node], end: str, down: Linear) -> tu
     reached = _linears_before(trace, end)
     if len(reached) != 1 or all(reached[0] is not up for up in ups):
         return None
-    linear = read_linear(trace, reached[0])
+    linear = read_linear(trace, reached[0], batched=None)
     for start in reversed(_views(trace, linear.result, end)):
         if start == end:
             return _branch(trace, linear, start, down), "identity", end
@@ -233,7 +233,8 @@ def _site(
     trace: Trace, branch: Branch, gate: Branch | None, down: Linear, activation: str, end: str
 ) -> FeedForwardSite | None:
     shape = trace.shape(branch.linear.source)
-    if len(shape) != 3 or len(trace.shape(down.result)) not in (2, 3):
+    rank = len(trace.shape(down.result))
+    if rank not in (2, len(shape)):
         return None
     linears = [branch.linear, *([gate.linear] if gate else []), down]
     names = {"up": branch.linear.weight_name, "down": down.weight_name}
@@ -251,9 +252,9 @@ def _site(
         gate_bias_F=gate.bias_F if gate else None,
         path_start=branch.start,
         path_end=end,
-        rank=len(trace.shape(down.result)),
+        rank=rank,
         weight_names=names | ({"gate": gate.linear.weight_name} if gate else {}),
         nodes=tuple(dict.fromkeys(label(linear.node) for linear in linears)),
-        example_shape=(shape[0], shape[1]),
+        example_shape=(shape[0], int(np.prod(shape[1:-1]))),
         order=trace.position(down.result),
     )

@@ -33,10 +33,11 @@ class Linear:
     dtype: np.dtype[np.generic]
 
 
-def read_linear(trace: Trace, node: ir.Node, batched: bool = True) -> Linear:
+def read_linear(trace: Trace, node: ir.Node, batched: bool | None = True) -> Linear:
     """What a linear node multiplies by, from the graph's constants; raises `Refused` for forms rewrites cannot map.
 
-    With `batched` the source must have a batch axis of its own; otherwise it is whatever the node reads.
+    With `batched` the source must have a batch axis of its own; None asks for one where there is one; with False it is
+    what the node reads.
     """
     found = trace.linear(node)
     if found is None or found[0] != 0 or node.op_type not in ("MatMul", "Gemm"):
@@ -46,7 +47,7 @@ def read_linear(trace: Trace, node: ir.Node, batched: bool = True) -> Linear:
     bias: Array | None = None
     if node.op_type == "Gemm":
         weight, bias = _gemm(trace, node, weight)
-    data = _with_batch(trace, names[0]) if batched else names[0]
+    data = names[0] if batched is False else _with_batch(trace, names[0], batched is None)
     shape = trace.shape(data)
     return Linear(
         node,
@@ -96,17 +97,16 @@ def _gemm(trace: Trace, node: ir.Node, weight: Array) -> tuple[Array, Array | No
     return weight, np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
 
 
-def _with_batch(trace: Trace, name: str) -> str:
+def _with_batch(trace: Trace, name: str, optional: bool) -> str:
     """A value with a batch axis that holds the same rows: walks back over reshapes that only merge rows."""
-    width = trace.shape(name)[-1]
-    size = trace.env[name].numel()
-    start = name
+    width, size, start = trace.shape(name)[-1], trace.env[name].numel(), name
     while len(trace.shape(name)) < 3:
         node = trace.producer.get(name)
-        if node is None or node.op_type not in ("Reshape", "Identity", "Cast", "Flatten", "Squeeze"):
-            raise Refused("no-batch-axis", f"projection input {start!r} has no batch axis")
-        name = inputs_of(node)[0]
-        if not trace.shape(name) or trace.shape(name)[-1] != width or trace.env[name].numel() != size:
+        known = node is not None and node.op_type in ("Reshape", "Identity", "Cast", "Flatten", "Squeeze")
+        name = inputs_of(node)[0] if node is not None and known else ""
+        if not name or trace.shape(name)[-1:] != (width,) or trace.env[name].numel() != size:
+            if optional:
+                return start
             raise Refused("no-batch-axis", f"projection input {start!r} has no batch axis")
     return name
 

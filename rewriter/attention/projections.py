@@ -145,19 +145,22 @@ def _projection(
     added = offset.reshape(batch, -1, *offset.shape[-2:])
     if not close(added, np.broadcast_to(added[:1, :, :1], added.shape)):
         raise Refused("offset-per-token", "what is added to the projection differs between tokens")
-    first = [layout.head_of.index(g) for g in range(len(layout.order_GD))]
-    bias_GD = added[0, first, 0]
+    read = layout.head_of if head_of is None else head_of
+    # a packed projection holds heads of other operands too
+    used = sorted(set(read))
+    order_GD = layout.order_GD[used]
+    bias_GD = added[0, [layout.head_of.index(g) for g in used], 0]
     if linear.bias_N is not None:
-        bias_GD = bias_GD + linear.bias_N[layout.order_GD]
+        bias_GD = bias_GD + linear.bias_N[order_GD]
     return Projection(
         source=linear.source,
-        weight_CGD=stored(linear.weight_CN[:, layout.order_GD], linear.dtype),
+        weight_CGD=stored(linear.weight_CN[:, order_GD], linear.dtype),
         bias_GD=stored(bias_GD, linear.dtype) if bias_GD.any() else None,
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,
         time_first=layout.time_first,
         flatten=linear.rank > 3,
-        head_of=layout.head_of if head_of is None else head_of,
+        head_of=tuple(used.index(g) for g in read),
     )
 
 
@@ -211,10 +214,11 @@ def _turn_after(
         norm, behind = (found, name) if found else (norm, behind)
     wanted = trace.value(behind).transpose(axes)
     for name in chain[chain.index(behind) :]:
-        if trace.shape(name) == wanted.shape and np.array_equal(trace.value(name), wanted):
-            turned = find_turn(trace, name, operand, batch)
-            if turned and (norm or turned.rotary):
-                return norm, turned
+        for order in (axes, (0, 1, 2, 3)) if len(trace.shape(name)) == 4 else ():
+            if np.array_equal(trace.value(name).transpose(order), wanted):
+                turned = find_turn(trace, name, operand, batch, order)
+                if turned and (norm or turned.rotary):
+                    return norm, turned
     return None
 
 

@@ -44,47 +44,77 @@ def heads_read(plain_BGTD: Array, got_BHTD: Array, tolerance: float = 1e-8) -> t
     return factor, tuple(int(g) for g in best)
 
 
-def find_turn(trace: Trace, source: str, operand: Operand, batch: int) -> Turned | None:
-    """What turns a (batch, heads, tokens, dim) value into the operand: heads repeated, maybe rotated before."""
+def find_turn(
+    trace: Trace, source: str, operand: Operand, batch: int, axes: tuple[int, ...] = (0, 1, 2, 3)
+) -> Turned | None:
+    """What turns a four-dimensional value into the operand: heads repeated, maybe rotated before.
+
+    `axes` brings the value to (batch, heads, tokens, dim).
+    """
     u = np.random.default_rng(1).standard_normal(trace.shape(source))
     results = trace.probe(source, operand.name, [u, np.zeros_like(u)])
     if results is None or np.abs(results[1]).max() > 0:
         return None
-    got = slots(operand, results[0], batch)
-    found = heads_read(u, got)
+    got, u_BGSD = slots(operand, results[0], batch), u.transpose(axes)
+    found = heads_read(u_BGSD, got)
     if found:
         return Turned(None, *found)
-    names = _tables(trace, source, operand.name)
-    for (cos, sin), interleaved, sign in product(permutations(names, 2), (False, True), (1, -1)):
-        turned = _turn(u, trace.value(cos), trace.value(sin), interleaved, sign)
+    for cos, sin in permutations(_tables(trace, source, operand.name), 2):
+        turned = _find_rotation(trace, (cos, sin), u_BGSD, got)
+        if turned:
+            return turned
+    return None
+
+
+def _find_rotation(trace: Trace, names: tuple[str, str], u: Array, got: Array) -> Turned | None:
+    cos, sin = (trace.value(name) for name in names)
+    if cos.shape != sin.shape:
+        return None
+    for form, interleaved, sign in product(_forms(cos.ndim), (False, True), (1, -1)):
+        turned, size = _turn(u, reform(cos, form, interleaved), reform(sin, form, interleaved), interleaved, sign)
         found = None if turned is None else heads_read(turned, got)
         if found:
-            size = trace.shape(cos)[-1]
-            return Turned(Rotary(cos, sin, size, interleaved, sign), *found)
+            return Turned(Rotary(*names, size, interleaved, sign, form), *found)
     return None
+
+
+def _forms(rank: int) -> list[tuple[str, ...]]:
+    first: list[tuple[str, ...]] = [(), *([("heads",)] if rank == 3 else []), *([("swap",)] if rank == 4 else [])]
+    return [(*form, *last) for last in ((), ("double",)) for form in first]
+
+
+def reform(table: Array, form: tuple[str, ...], interleaved: bool) -> Array:
+    """A table after the steps of `Rotary.table_form`."""
+    for step in form:
+        if step == "heads":
+            table = table[:, None]
+        elif step == "swap":
+            table = table.swapaxes(1, 2)
+        else:
+            table = np.repeat(table, 2, -1) if interleaved else np.concatenate([table, table], -1)
+    return table
 
 
 def _tables(trace: Trace, source: str, target: str) -> list[str]:
     path = trace.between(source, target) or []
     inside = {source}.union(*(outputs_of(node) for node in path))
-    names = [
-        name
-        for node in path
-        if node.op_type == "Mul"
-        for name in inputs_of(node)
-        if name not in inside and len(trace.shape(name)) >= 2 and trace.value(name).size > 1
-    ]
-    return list(dict.fromkeys(names))[:6]
+    found: list[str] = []
+    for node in path:
+        names = inputs_of(node)
+        if node.op_type == "RotaryEmbedding":
+            found += names[1:3] if len(names) == 3 or not names[3] else []
+        elif node.op_type == "Mul":
+            found += [n for n in names if n not in inside and len(trace.shape(n)) >= 2 and trace.env[n].numel() > 1]
+    return list(dict.fromkeys(found))[:6]
 
 
-def _turn(u: Array, cos: Array, sin: Array, interleaved: bool, sign: int) -> Array | None:
+def _turn(u: Array, cos: Array, sin: Array, interleaved: bool, sign: int) -> tuple[Array | None, int]:
     size = cos.shape[-1]
-    if cos.shape != sin.shape or size > u.shape[-1] or size % 2:
-        return None
+    if size > u.shape[-1] or size % 2:
+        return None, 0
     head = u[..., :size]
     try:
-        np.broadcast_shapes(head.shape, cos.shape)
-    except ValueError:
-        return None
-    turned = head * cos + sign * rotate(head, interleaved) * sin
-    return np.concatenate([turned, u[..., size:]], -1) if turned.shape == head.shape else None
+        turned = head * cos + sign * rotate(head, interleaved) * sin
+    except ValueError:  # the table does not broadcast to this layout
+        return None, 0
+    return (np.concatenate([turned, u[..., size:]], -1), size) if turned.shape == head.shape else (None, 0)

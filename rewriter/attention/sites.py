@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.anchors import Anchor, read_elsewhere, softmax_anchor
+from rewriter.attention.fused import fused_bias, fused_operands, grouped, is_fused, number
 from rewriter.attention.linears import comes_from_inputs
 from rewriter.attention.masks import classify
 from rewriter.attention.operands import Operand, Product, matrix_product
@@ -195,8 +196,8 @@ def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> Atte
     if core.offset is None:
         return replace(site, state=State.MAPPED if site.mapped else State.FOUND)
     offset = core.offset
-    if offset.size % (batch * heads * offset.shape[-1] * offset.shape[-2]) == 0:
-        offset = offset.reshape(batch, -1, *offset.shape[-2:])
+    if offset.ndim != 4:
+        offset = offset.reshape(batch, heads, *offset.shape[-2:])
     mask, causal, soft = classify(offset)
     turned = site.query.rotary is not None or site.key.rotary is not None
     position: Literal["none", "rotary", "bias", "opaque"] = "rotary" if turned else "bias" if soft else "none"
@@ -206,8 +207,36 @@ def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> Atte
     return replace(site, mask=mask, causal=causal, position=position, state=state)
 
 
+def raise_fused(trace: Trace, node: ir.Node) -> AttentionSite:
+    """The site around one attention operator; raises `Refused` for forms that are not understood."""
+    query, key, value, context = fused_operands(trace, node)
+    first, *others = (raise_operand(trace, operand) for operand in (query, key, value))
+    heads = len(first.projection.head_of)
+    raised = (first, grouped(others[0], heads), grouped(others[1], heads))
+    if len({r.batch for r in raised}) != 1:
+        raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in raised]}")
+    tokens, dim = query.arrange(trace.value(query.name)).shape[-2:]
+    keys = key.arrange(trace.value(key.name)).shape[-2]
+    bias, offset = fused_bias(trace, node, (tokens, keys))
+    core = Core(
+        query,
+        key,
+        value,
+        context,
+        number(node, "scale", 0.0) or dim**-0.5,
+        number(node, "softcap", 0.0),
+        bias,
+        np.zeros((first.batch, heads, tokens, keys)) if offset is None else offset,
+        "zero",
+        "",
+        (node,),
+        (context.name,),
+    )
+    return assemble(trace, core, raised)
+
+
 def raise_anchor(trace: Trace, node: ir.Node) -> AttentionSite | None:
     """The site whose anchor is this node; None for nodes that are none; raises `Refused` if it is not understood."""
     if node.op_type == "Softmax" and not node.domain:
         return raise_softmax(trace, node)
-    return None
+    return raise_fused(trace, node) if is_fused(node) else None

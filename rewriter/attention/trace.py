@@ -124,7 +124,7 @@ class Trace:
 
     def between(self, source: str, target: str) -> list[ir.Node] | None:
         """Nodes on the paths from one value to another, in order; None if there is no path."""
-        return self.paths.between(source, target, self.fixed)
+        return self.paths.between(source, target, self.shaped)
 
     def probe(self, source: str, target: str, replacements: Sequence[Array]) -> list[Array] | None:
         """The target for each replacement of the source, everything else as recorded; None if there is no path."""

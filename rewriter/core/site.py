@@ -32,13 +32,18 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding (Su et al. 2021): which table values turn the leading `size` dims, and how."""
+    """Rotary position embedding (Su et al. 2021): which table values turn the leading `size` dims, and how.
+
+    `table_form` says which steps turn the graph's tables into what broadcasts to (B, G, S, size): ``heads`` inserts
+    axis 1, ``swap`` exchanges axes 1 and 2, ``double`` repeats a table of half the size (interleaved if the pairs are).
+    """
 
     cos: str
     sin: str
     size: int
     interleaved: bool
     sign: int = 1
+    table_form: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,14 +124,15 @@ class Projection:
 class ScoreBias:
     """What is added to the scaled scores: a reference into the graph, never a copy of its content.
 
-    `kind`: ``none``; ``value`` (`value` is added); ``bool`` (`value` is True where attending is allowed); ``path`` (the
+    `kind`: ``none``; ``value`` (`value` is added); ``bool`` (`value` is True where attending is allowed); ``causal``
+    (query i sees keys up to i, counted from the left of both); ``path`` (the
     graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
     heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from.
     """
 
-    kind: Literal["none", "value", "bool", "path"] = "none"
+    kind: Literal["none", "value", "bool", "causal", "path"] = "none"
     value: str = ""
     path_end: str = ""
     full_shape: bool = False
@@ -238,7 +244,7 @@ class FeedForwardSite:
 
     `activation` is a known name (``gelu``, ``gelu_tanh``, ``quick_gelu``, ``relu``, ``silu``, ``tanh``, ``identity``)
     or ``path``: the graph's own element-wise nodes from `path_start` to `path_end` are copied. `source` has a batch
-    axis; `rank` is that of the output, which is 2 where the graph merges batch and tokens.
+    axis where the graph has one; `rank` is that of the output, 2 where batch and tokens are merged in it.
     """
 
     id: str
