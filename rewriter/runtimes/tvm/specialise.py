@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rewriter.core.errors import OptionError, UnsupportedOperator
+from rewriter.core.errors import ModelError, OptionError, UnsupportedOperator
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, TensorSpec, reads
 from rewriter.runtimes.tvm.program import Node, Program, Value
@@ -31,8 +31,7 @@ def specialise(graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Progr
     Raises `OptionError` when a shape is missing or contradicts the graph, `UnsupportedOperator` for control flow that
     depends on data and for random operators.
     """
-    feeds = {spec.name: _example(spec, shapes) for spec in graph.inputs}
-    known = {name: _array(value) for name, value in Interpreter(graph).run(feeds, taps="all").items()}
+    feeds, known = _one_run(graph, shapes)
     static = _static_names(graph)
     constants = {name: graph.constant(name) for name in static}
     values = {}
@@ -49,7 +48,24 @@ def specialise(graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]) -> Progr
     return program
 
 
-def _example(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]]) -> NDArray[Any]:
+def _one_run(
+    graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """(feeds, every other value). Whole numbers are zero, which every table has a row for; where that fails, one."""
+    interpreter = Interpreter(graph)
+    for whole in (0, 1):
+        feeds = {spec.name: _example(spec, shapes, whole) for spec in graph.inputs}
+        try:
+            values = interpreter.run(feeds, taps="all")
+        except ModelError:
+            if whole:
+                raise
+            continue
+        return feeds, {name: _array(value) for name, value in values.items()}
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _example(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]], whole: int) -> NDArray[Any]:
     shape = shapes.get(spec.name, spec.shape)
     if not all(isinstance(size, int) for size in shape):
         raise OptionError(f"input {spec.name} has no fixed shape", f"Give it, like --shape {spec.name}=1x128")
@@ -61,7 +77,7 @@ def _example(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]]) -> NDArray
     sizes = tuple(int(size) for size in shape if size is not None)
     if spec.dtype.kind == "f":
         return np.random.default_rng(0).standard_normal(sizes).astype(spec.dtype)
-    return np.ones(sizes, spec.dtype) if spec.dtype.kind == "b" else np.zeros(sizes, spec.dtype)
+    return np.ones(sizes, spec.dtype) if spec.dtype.kind == "b" else np.full(sizes, whole, spec.dtype)
 
 
 def _array(value: Any) -> NDArray[Any]:

@@ -145,7 +145,8 @@ def _pad(lowering: Lowering, node: Node) -> Any:
         raise lowering.unsupported(node, f"mode {mode!r}, or pads for some axes only")
     amounts = integers(pads)
     pairs = [amount for axis in range(rank) for amount in (amounts[axis], amounts[axis + rank])]
-    return op.nn.pad(lowering.value(node.inputs[0]), pairs, 0.0 if value is None else float(value.reshape(-1)[0]))
+    fill = 0.0 if value is None else float(value.reshape(-1)[0])
+    return op.nn.pad(lowering.value(node.inputs[0]), pairs, "constant", fill)
 
 
 @lowers("Trilu")
@@ -160,7 +161,16 @@ def _trilu(lowering: Lowering, node: Node) -> Any:
 def _one_hot(lowering: Lowering, node: Node) -> Any:
     depth, values = lowering.constant(node, 1), lowering.constant(node, 2)
     assert depth is not None and values is not None
-    dtype = lowering.dtype(node.outputs[0])
+    dtype, size = lowering.dtype(node.outputs[0]), int(depth.reshape(-1)[0])
+    shape, axis = lowering.shape(node.outputs[0]), int(node.attributes.get("axis", -1))
+    axis %= len(shape)
+    index = lowering.builder.emit(op.expand_dims(lowering.value(node.inputs[0]), axis))
+    kind = lowering.dtype(node.inputs[0])
+    positive = lowering.builder.emit(op.where(op.less(index, relax.const(0, kind)), _plus(index, size, kind), index))
+    classes = np.arange(size, dtype=kind).reshape([size if at == axis else 1 for at in range(len(shape))])
     off, on = (relax.const(value, dtype) for value in values)
-    axis = int(node.attributes.get("axis", -1))
-    return op.one_hot(lowering.value(node.inputs[0]), on, off, int(depth.reshape(-1)[0]), axis)
+    return op.where(op.equal(positive, lowering.array(classes)), on, off)
+
+
+def _plus(index: Any, size: int, kind: str) -> Any:
+    return op.add(index, relax.const(size, kind))
