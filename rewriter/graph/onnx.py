@@ -180,7 +180,9 @@ def constant_of(value: ir.Value) -> np.ndarray | None:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    dtype = np.dtype(object) if value.dtype in (None, ir.DataType.STRING) else value.dtype.numpy()
+    dtype = (
+        np.dtype(object) if value.dtype in (None, ir.DataType.UNDEFINED, ir.DataType.STRING) else value.dtype.numpy()
+    )
     if value.shape is None:
         return TensorSpec(value.name or "", dtype, ())
     sizes = tuple(size if isinstance(size, int) else size.value for size in value.shape)

@@ -11,7 +11,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
 from rewriter.core.errors import ModelError
-from rewriter.graph.proto_checks import check_proto, external_file
+from rewriter.graph.proto_checks import check_proto
+from rewriter.graph.proto_tensors import external_file
 
 _EXPORT_AGAIN = "Export the model again"
 _MAX_FILE_BYTES = 2**31 - 1  # protobuf reads no larger message

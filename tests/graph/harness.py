@@ -101,7 +101,7 @@ def compare(
     double: bool = True,
     **attributes: Any,
 ) -> list[np.ndarray]:
-    """Assert that our result equals the independent one in dtype, shape and value, in float64 mode too; returns ours."""
+    """Assert that our result equals the independent one in dtype, shape and value, in float64 too; returns ours."""
     proto = one_node(op, inputs, opset, outputs, domain, constant, **attributes)
     fed = {f"x{i}": array for i, array in enumerate(inputs) if array is not None and i not in constant}
     expected = by_onnxruntime(proto, fed) if runtime or domain else by_reference(proto, fed)

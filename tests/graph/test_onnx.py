@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from rewriter.core.errors import ModelError, OutputError, UserError
+from rewriter.graph.canonical import canonical
+from rewriter.graph.checks import legality_problems
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, TensorSpec, load, reads
 from tests.graph.harness import numbers
@@ -167,6 +169,17 @@ def broken(kind: str) -> onnx.ModelProto:
         graph.initializer[0].dims[0] = 2**50
     elif kind == "negative":
         graph.initializer[0].dims[0] = -3
+    elif kind == "sparse":
+        graph.sparse_initializer.add()
+    elif kind == "input":
+        graph.input[0].type.sequence_type.elem_type.tensor_type.elem_type = 1
+    elif kind == "input-dtype":
+        graph.input[0].type.tensor_type.elem_type = 0
+    elif kind == "attribute":
+        graph.node[0].op_type = "Cast"
+    elif kind == "attribute-type":
+        graph.node[0].op_type = "Cast"
+        graph.node[0].attribute.append(helper.make_attribute("to", "float"))
     elif kind == "dtype":
         graph.initializer[0].data_type = 77
     return proto
@@ -188,6 +201,11 @@ def broken(kind: str) -> onnx.ModelProto:
         ("huge", "impossible shape"),
         ("negative", "impossible shape"),
         ("dtype", "unknown dtype 77"),
+        ("sparse", "has sparse weights"),
+        ("input", "the input 'x' is not a tensor"),
+        ("input-dtype", "the input 'x' has no known dtype"),
+        ("attribute", r"node 'a' \(Cast\) lacks its attribute 'to'"),
+        ("attribute-type", "attribute 'to' of node 'a' has a wrong type"),
     ],
 )
 def test_malformed_models(tmp_path: Path, kind: str, sentence: str) -> None:
@@ -211,6 +229,14 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     text.write_text("<html>Not Found</html>")
     with pytest.raises(ModelError, match=r"truncated or not|is not an ONNX model"):
         load(text)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    content = written(tmp_path, proto_of()).read_bytes().replace(b"Identity", b"Iden\xff\xfety")
+    path = tmp_path / "bytes.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="op_type is not text"):
+        load(path)
 
 
 def test_external_data_stays_mapped(tmp_path: Path) -> None:
@@ -346,6 +372,8 @@ def run_or_refuse(path: Path) -> OnnxGraph | None:
     try:
         graph = load(path)
         graph.fingerprint()
+        canonical(graph)
+        list(legality_problems(graph))
         Interpreter(graph).run({"x": numbers(2, 3)})
     except UserError as error:
         assert str(error)
@@ -354,7 +382,7 @@ def run_or_refuse(path: Path) -> OnnxGraph | None:
 
 
 @settings(
-    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4),
