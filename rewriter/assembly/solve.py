@@ -8,10 +8,9 @@ import numpy as np
 
 from rewriter.calibration.statistics import StreamRegression
 from rewriter.core.linalg import penalised, ridge_level, solve_gram
-from rewriter.core.statistics import Array64
+from rewriter.core.statistics import Array64, Regression
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-ALPHAS = (0.0, 0.5, 1.0)
 _WORTH = 1e-3  # a fit must take at least this share off the held-back loss to replace the weights
 
 
@@ -42,35 +41,49 @@ def fit(
     drifted: bool,
     refit: bool = False,
     ridges: tuple[float, ...] = RIDGES,
-    alphas: tuple[float, ...] = ALPHAS,
 ) -> Fit:
-    """Fit on `calibrate` for every alpha and ridge, score on `select`, keep `current` unless something is better.
+    """Fit on `calibrate` with every ridge, score on `select`, keep `current` unless something is better.
 
-    Every candidate is scored against ``output + drift``: what brings the student's stream back to the teacher's.
-    `drifted` is False where the streams are still equal (alpha does not matter). With `refit` the winner is fitted
-    once more on both data together.
+    The fit's target is ``output + alpha * drift``; candidates are scored against ``output + drift``, which brings the
+    student's stream back to the teacher's. That score is a parabola in alpha, so its best value in [0, 1] is exact.
+    `drifted` is False where the streams are still equal. With `refit` the winner is fitted once more on both data.
     """
     judge = select.target(1.0)
     spread = max(judge.spread, 1e-300)
     before = judge.loss(current) / spread
     best = Fit(current, before, before, float("nan"), float("nan"))
     for ridge in ridges:
-        for alpha, weights in _solutions(calibrate, current, ridge, alphas if drifted else (0.0,)):
-            loss = judge.loss(weights) / spread
-            if np.isfinite(loss) and loss < min(best.loss_after, before * (1.0 - _WORTH)):
-                best = Fit(weights, before, loss, alpha, ridge)
+        base, step = _directions(calibrate, current, ridge, drifted)
+        alpha, loss = _best_alpha(judge, base, step)
+        if np.isfinite(loss) and loss / spread < min(best.loss_after, before * (1.0 - _WORTH)):
+            best = Fit(base if step is None else base + alpha * step, before, loss / spread, alpha, ridge)
     if refit and not best.kept:
-        ((_, weights),) = _solutions(calibrate + select, current, best.ridge, (best.alpha,))
+        base, step = _directions(calibrate + select, current, best.ridge, drifted)
+        weights = base if step is None else base + best.alpha * step
         return Fit(weights, before, best.loss_after, best.alpha, best.ridge)
     return best
 
 
-def _solutions(
-    regression: StreamRegression, current: Array64, ridge: float, alphas: tuple[float, ...]
-) -> list[tuple[float, Array64]]:
-    """`linalg.ridge_towards` for several alphas with one factorisation."""
+def _directions(
+    regression: StreamRegression, current: Array64, ridge: float, drifted: bool
+) -> tuple[Array64, Array64 | None]:
+    """`linalg.ridge_towards` for any alpha: the solution is ``base + alpha * step``, from one factorisation."""
     gram = penalised(regression.gram, ridge_level(regression.gram, ridge))
-    residual = regression.cross_output - regression.gram @ current
-    moved = [residual + alpha * regression.cross_residual for alpha in alphas]
-    solved = solve_gram(gram, np.concatenate(moved, axis=1))
-    return [(alpha, current + part) for alpha, part in zip(alphas, np.split(solved, len(alphas), axis=1), strict=True)]
+    right = regression.cross_output - regression.gram @ current
+    if not drifted:
+        return current + solve_gram(gram, right), None
+    solved = solve_gram(gram, np.concatenate([right, regression.cross_residual], axis=1))
+    width = right.shape[1]
+    return current + solved[:, :width], solved[:, width:]
+
+
+def _best_alpha(judge: Regression, base: Array64, step: Array64 | None) -> tuple[float, float]:
+    """The alpha in [0, 1] with the least loss of ``base + alpha * step``, and that loss."""
+    if step is None:
+        return 0.0, judge.loss(base)
+    residual = judge.gram @ base - judge.cross
+    at_zero = float(np.sum(base * (residual - judge.cross))) + judge.energy
+    slope = 2.0 * float(np.sum(residual * step))
+    bend = float(np.sum(step * (judge.gram @ step)))
+    alpha = float(np.clip(-slope / (2.0 * bend), 0.0, 1.0)) if bend > 0.0 else 0.0
+    return alpha, at_zero + slope * alpha + bend * alpha**2

@@ -1,7 +1,7 @@
 """Streaming Gram statistics: rows in, `rewriter.core.statistics` out, memory independent of how many rows there were.
 
 Products are taken in the rows' own dtype over chunks of at most 4,096 tokens and summed in float64: with float32 rows
-that agrees with float64 arithmetic to about 1e-7 at a quarter of its price.
+that agrees with float64 arithmetic to about 1e-6 of the largest entry at a fraction of its price.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import blas
 from torch import Tensor
 
 from rewriter.core.statistics import Array64, Regression
@@ -58,20 +59,19 @@ class RegressionAccumulator:
     """Takes rows as they come and keeps only sums."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._held = 0
-        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: tuple[Array64, Array64, Array64] | None = None
         self._energies = np.zeros(3)
         self._tokens = 0
 
     def add(self, features: Tensor, output: Tensor, residual: Tensor | None = None) -> None:
         """Rows of features (N, F) with their output (N, C) and, if there is one, residual difference (N, C)."""
-        drift = torch.zeros_like(output) if residual is None else residual
         for start in range(0, len(features), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             if self._held + len(features[part]) > CHUNK_TOKENS:
                 self._flush()
-            self._waiting.append((features[part], output[part], drift[part]))
+            self._waiting.append((features[part], output[part], None if residual is None else residual[part]))
             self._held += len(features[part])
 
     def result(self) -> StreamRegression:
@@ -79,26 +79,38 @@ class RegressionAccumulator:
         self._flush()
         if self._sums is None:
             raise ValueError("no rows were seen")
-        gram, output, residual = (part.numpy() for part in self._sums)
-        return StreamRegression((gram + gram.T) / 2.0, output, residual, self._energies.copy(), self._tokens)
+        upper, output, residual = self._sums
+        gram = np.triu(upper) + np.triu(upper, 1).T
+        return StreamRegression(gram, output.copy(), residual.copy(), self._energies.copy(), self._tokens)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        features, output, residual = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        features = torch.cat([part[0] for part in self._waiting])
+        output = torch.cat([part[1] for part in self._waiting])
+        drifted = any(part[2] is not None for part in self._waiting)
+        drift = [torch.zeros_like(part[1]) if part[2] is None else part[2] for part in self._waiting]
         self._waiting, self._held = [], 0
         wide = torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], dim=1)
-        new = (wide.T @ wide, wide.T @ output, wide.T @ residual)
         if self._sums is None:
-            self._sums = (new[0].double(), new[1].double(), new[2].double())
-        else:
-            for total, part in zip(self._sums, new, strict=True):
-                total += part
-        output, residual = output.double(), residual.double()
-        self._energies += [
-            float((a * b).sum()) for a, b in ((output, output), (output, residual), (residual, residual))
-        ]
+            columns, width = wide.shape[1], output.shape[1]
+            self._sums = np.zeros((columns, columns)), np.zeros((columns, width)), np.zeros((columns, width))
+        gram, cross_output, cross_residual = self._sums
+        gram += _upper_gram(wide.numpy())
+        cross_output += (wide.T @ output).numpy()
+        wanted = output.double()
+        self._energies[0] += float((wanted * wanted).sum())
         self._tokens += len(features)
+        if drifted:
+            residual = torch.cat(drift)
+            cross_residual += (wide.T @ residual).numpy()
+            self._energies[1:] += [float((other * residual.double()).sum()) for other in (wanted, residual.double())]
+
+
+def _upper_gram(rows: NDArray[Any]) -> NDArray[Any]:
+    """The upper triangle of ``rows' rows``: a symmetric rank-k update takes less than half the time of a product."""
+    update = blas.ssyrk if rows.dtype == np.float32 else blas.dsyrk
+    return np.asarray(update(1.0, rows.T))
 
 
 class HeadGramAccumulator:
