@@ -66,6 +66,32 @@ def test_speedup_pairs_blocks_so_that_drift_cancels() -> None:
     assert ratio.median == pytest.approx(2.0) and ratio.high - ratio.low < 1e-9
 
 
+def test_groups_widen_the_interval_where_they_differ() -> None:
+    rng = np.random.default_rng(0)
+    processes = np.repeat(rng.normal(1.0, 0.05, size=4), 5)
+    values, groups = list(processes + rng.normal(0.0, 0.001, size=20)), list(np.repeat(range(4), 5))
+    apart, together = bootstrap_median(values, groups=groups), bootstrap_median(values)
+    assert apart.median == together.median and apart.samples == 20
+    assert apart.high - apart.low > 1.3 * (together.high - together.low)
+    alike = list(rng.normal(1.0, 0.01, size=20))
+    assert bootstrap_median(alike, groups=[0] * 20) == bootstrap_median(alike)
+
+
+def test_groups_of_different_sizes_are_all_drawn_from() -> None:
+    interval = bootstrap_median([1.0, 2.0, 2.0, 2.0, 2.0], groups=[7, 3, 3, 3, 3])
+    assert (interval.low, interval.median, interval.high) == (1.0, 2.0, 2.0)
+
+
+def test_equals_with_lucky_processes_are_seldom_called_different() -> None:
+    rng, wrong = np.random.default_rng(2), 0
+    starts = tuple(int(start) for start in np.repeat(range(4), 5))
+    for _ in range(150):
+        one, other = (np.repeat(rng.normal(1.0, 0.01, 4), 5) + rng.normal(0.0, 0.01, 20) for _ in range(2))
+        pair = [Measurement("subject", tuple((value,) for value in values), {}, starts) for values in (one, other)]
+        wrong += decide(speedup(*pair)) is Decision.FASTER
+    assert wrong <= 15
+
+
 def test_speedup_ignores_blocks_without_a_partner() -> None:
     assert speedup(blocks(4.0, 4.0, 400.0), blocks(2.0, 2.0)).median == pytest.approx(2.0)
 
