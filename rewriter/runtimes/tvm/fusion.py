@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from rewriter.runtimes.tvm.norm_patterns import find_norms
 from rewriter.runtimes.tvm.program import Node, Program, Value
 
 LINEAR, NORM, ATTENTION, SPLIT = "rewriter:Linear", "rewriter:Norm", "rewriter:Attention", "rewriter:SplitHeads"
@@ -21,6 +22,8 @@ def fuse(program: Program) -> None:
     """Rewrite the program in place; its meaning stays."""
     skip_identities(program)
     share_equal_nodes(program)
+    find_norms(program)
+    program.prune()
     _each(program, _as_linear)
     _each(program, _bias)
     _each(program, _activation)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rewriter.core.target import Target
-from rewriter.runtimes.tvm.kernels import flash, gemm
+from rewriter.runtimes.tvm.kernels import flash, gemm, matmul
 
 ACCUMULATORS = {32: 24, 16: 12}  # registers left for sums beside operands, by registers of the processor
 
@@ -26,6 +26,11 @@ class Tiles:
         if width != tile.vectors:
             tile = gemm.Tile(rows_for(width, self.target, spec.M), width, tile.unroll, tile.block, tile.ahead)
         return tile
+
+    def matmul(self, spec: matmul.MatMul) -> gemm.Tile:
+        """The tile of a product of two computed matrices."""
+        vectors = min(2, -(-spec.N // spec.lanes))
+        return gemm.Tile(rows_for(vectors, self.target, spec.M), vectors, 4, 0, False)
 
     def flash(self, spec: flash.Attention) -> flash.Tile:
         """The tile of an attention."""

@@ -77,11 +77,11 @@ def make_gemm(gemm: Gemm, tile: Tile, name: str = "gemm") -> Any:
     if gemm.residual:
         arguments.append(("residual", (*gemm.leading, gemm.N), "float32"))
     arguments.append(("c", (*gemm.leading, gemm.N), "float32"))
-    return emit.prim_func(name, arguments, 1, _Writer(gemm, tile).body)
+    return emit.prim_func(name, arguments, 1, TileWriter(gemm, tile).body)
 
 
-class _Writer:
-    """Emits the statements of one GEMM."""
+class TileWriter:
+    """Emits the statements of one GEMM, from whole matrices down to register tiles."""
 
     def __init__(self, gemm: Gemm, tile: Tile) -> None:
         self.gemm, self.tile = gemm, tile
@@ -101,11 +101,17 @@ class _Writer:
         blocks, left = emit.split(gemm.M, self.block)
         if blocks:
             with loop(blocks) as block:
-                self._panels(block * self.block, self.block)
+                self.panels(block * self.block, self.block)
         if left:
-            self._panels(blocks * self.block, left)
+            self.panels(blocks * self.block, left)
 
-    def _panels(self, first_row: Index, rows: int) -> None:
+    def bind(self, a: Buffer, b: Buffer, c: Buffer) -> None:
+        """Use these buffers, A and C of rank 2 and B packed, with no epilogue."""
+        self.A, self.B, self.C = a, b, c
+        self.bias = self.residual = None
+
+    def panels(self, first_row: Index, rows: int) -> None:
+        """All column panels of `rows` rows."""
         if self.full_panels:
             with loop(self.full_panels, parallel=self.gemm.threads > 1) as panel, T.sblock("panel"):
                 self._rows(first_row, rows, panel, self.width)

@@ -7,7 +7,9 @@ from typing import Any
 
 from tvm import relax
 
+from rewriter.runtimes.tvm.kernels.matmul import MatMul, make_matmul
 from rewriter.runtimes.tvm.kernels.norm import Norm, make_norm
+from rewriter.runtimes.tvm.kernels.softmax import Softmax, make_softmax
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
 from rewriter.runtimes.tvm.operators.registry import TABLE, integers, lowers
 from rewriter.runtimes.tvm.program import Node
@@ -62,6 +64,10 @@ def _softmax(lowering: Lowering, node: Node) -> Any:
     axis = int(node.attributes.get("axis", -1 if node.opset >= 13 else 1))
     function = op.nn.softmax if node.op == "Softmax" else op.nn.log_softmax
     x = lowering.value(node.inputs[0])
+    if axis % len(shape) == len(shape) - 1 and node.op == "Softmax" and is_float32(lowering, node.inputs[0]):
+        spec = Softmax(shape, lowering.lanes, lowering.threads)
+        kernel = lowering.kernels.get("softmax", spec, lambda unique: make_softmax(spec, unique))
+        return lowering.call(kernel, [x], (shape, "float32"))
     if node.opset >= 13 or axis % len(shape) == len(shape) - 1:
         return function(x, axis)
     rows = 1
@@ -120,7 +126,15 @@ def _fused_norm(lowering: Lowering, node: Node) -> Any:
 
 @lowers("MatMul")
 def _matmul(lowering: Lowering, node: Node) -> Any:
-    return op.matmul(*(lowering.value(name) for name in node.inputs[:2]))
+    left, right = node.inputs[:2]
+    a, b = lowering.shape(left), lowering.shape(right)
+    plain = len(a) >= 2 and len(b) >= 2 and is_float32(lowering, left) and (len(b) == 2 or a[:-2] == b[:-2])
+    if not plain:
+        return op.matmul(*(lowering.value(name) for name in node.inputs[:2]))
+    spec = MatMul(a[:-2], a[-2], b[-1], a[-1], len(b) == 2, lowering.lanes, lowering.threads)
+    tile = lowering.tiles.matmul(spec)
+    kernel = lowering.kernels.get("matmul", (spec, tile), lambda unique: make_matmul(spec, tile, unique))
+    return lowering.call(kernel, [lowering.value(left), lowering.value(right)], ((*a[:-1], b[-1]), "float32"))
 
 
 @lowers("Gemm")
