@@ -84,8 +84,8 @@ class RelativeError(Metric):
         rows = len(original[self.output])
         distance, size = np.zeros(rows), np.zeros(rows)
         for name in names:
-            a = np.asarray(original[name], dtype=np.float64).reshape(rows, -1)
-            distance += ((np.asarray(new[name], dtype=np.float64).reshape(rows, -1) - a) ** 2).sum(1)
+            a, b = (without_padding(outputs[name], mask).reshape(rows, -1) for outputs in (original, new))
+            distance += ((b - a) ** 2).sum(1)
             size += (a**2).sum(1)
         return np.zeros(rows), np.sqrt(distance) / np.maximum(np.sqrt(size), TINY)
 
@@ -161,6 +161,14 @@ def per_sample(values: Array, mask: Array | None) -> Values:
     flat_NS = values.reshape(*values.shape[:2], -1).mean(-1)
     total = np.where(weight_NS > 0, flat_NS, 0.0).sum(1)
     return np.asarray(total / np.maximum(weight_NS.sum(1), 1.0))
+
+
+def without_padding(values: Array, mask: Array | None) -> Array:
+    """Values in float64, those of padding tokens set to zero where the second axis is tokens."""
+    values = np.asarray(values, dtype=np.float64)
+    if mask is None or values.ndim < 3 or mask.shape != values.shape[:2]:
+        return values
+    return np.where((mask != 0).reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0.0)
 
 
 def log_softmax(scores: Array) -> Array:

@@ -83,11 +83,15 @@ def main_output(outputs: Outputs) -> str:
     raise OptionError("no output has rows of floating-point numbers to compare", "Use a model with a float output")
 
 
+def says_logits(name: str) -> bool:
+    """Whether an output's name tells that it is scores over classes."""
+    return any(word in name.lower() for word in ("logit", "score", "prob", "lm_head"))
+
+
 def looks_like_logits(name: str, array: Array) -> bool:
     """Whether an output is scores over classes, by its name or because it has few columns (up to 100)."""
-    named = any(word in name.lower() for word in ("logit", "score", "prob", "lm_head"))
     unit_length = bool(np.allclose(np.linalg.norm(array[:8], axis=-1), 1.0, atol=1e-3))
-    return named or (array.ndim == 2 and array.shape[1] <= 100 and not unit_length)
+    return says_logits(name) or (array.ndim == 2 and array.shape[1] <= 100 and not unit_length)
 
 
 def choose_metric(name: str | None, outputs: Outputs, labels: NDArray[np.int64] | None = None) -> Metric:

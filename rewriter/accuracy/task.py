@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rewriter.accuracy.metrics import Array, Metric, Outputs, Reference
+from rewriter.accuracy.metrics import Array, Metric, Outputs, Reference, says_logits
 from rewriter.accuracy.paired import Values
 from rewriter.core.errors import DataError
 
@@ -34,7 +34,8 @@ class Accuracy(Metric):
         known = labels >= 0
         rows = self._rows(reference.outputs)[known]
         classes = np.unique(labels[known])
-        self.probe = None if rows.ndim == 2 and _one_column_each(rows, classes) else _fit_probe(rows, labels[known])
+        scores = rows.ndim == 2 and self._are_scores(rows, classes)
+        self.probe = None if scores else _fit_probe(rows, labels[known])
 
     def values(
         self, original: Outputs, new: Outputs, labels: NDArray[np.int64] | None, mask: Array | None
@@ -44,17 +45,17 @@ class Accuracy(Metric):
             raise DataError("accuracy was asked of samples without labels", "Score the labelled samples only")
         return self._right(original, labels), self._right(new, labels)
 
+    def _are_scores(self, rows: Array, classes: Array) -> bool:
+        """Whether columns are classes: no label beyond them, and few more columns than labels met or a telling name."""
+        columns = rows.shape[1]
+        return bool(classes.max() < columns and (columns <= 2 * len(classes) or says_logits(self.output)))
+
     def _right(self, outputs: Outputs, labels: NDArray[np.int64]) -> Values:
         rows = self._rows(outputs)
         finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
         rows = np.where(np.isfinite(rows), rows, 0.0)
         predicted = rows.argmax(-1) if self.probe is None else self.probe.predict(_flat(rows))
         return np.asarray((predicted == labels) & finite, dtype=np.float64)
-
-
-def _one_column_each(rows: Array, classes: Array) -> bool:
-    """Whether columns are classes: no label beyond them, and no more than twice as many columns as labels met."""
-    return bool(classes.max() < rows.shape[1] <= 2 * len(classes))
 
 
 def _fit_probe(rows: Array, labels: Array):  # type: ignore[no-untyped-def]  # scikit-learn ships no types

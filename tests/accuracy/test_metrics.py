@@ -95,7 +95,7 @@ def test_tokens_are_averaged_without_padding():
     new["logits"][:, 3] = rng.standard_normal((6, 9)) * 50
     mask = np.ones((6, 4), dtype=np.int64)
     mask[:, 3] = 0
-    for name in ("kl", "agreement", "cosine"):
+    for name in ("kl", "agreement", "cosine", "relative_error"):
         metric = choose_metric(name, original)
         assert metric.paired(original, new, mask=mask).drop == pytest.approx(0.0, abs=1e-12)
         assert metric.paired(original, new).drop > 0.05
@@ -109,6 +109,12 @@ def test_accuracy_takes_columns_per_class_as_scores():
     metric = choose_metric("accuracy", outputs, labels)
     paired = metric.paired(outputs, {"logits": np.roll(outputs["logits"], 1, axis=1)}, labels)
     assert metric.probe is None and paired.baseline == 0.9 and paired.best < 0.2 and paired.binary
+
+
+def test_accuracy_believes_a_name_when_the_data_has_few_of_the_classes():
+    rows = np.random.default_rng(0).standard_normal((80, 1000))
+    assert choose_metric("accuracy", {"logits": rows}, LABELS).probe is None
+    assert choose_metric("accuracy", {"pooled": rows}, LABELS).probe is not None
 
 
 def test_accuracy_of_embeddings_is_that_of_a_probe():
