@@ -130,8 +130,11 @@ class Interpreter:
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as problem:
             raise _failure(step, env, problem) from problem
         results = result if isinstance(result, (tuple, list)) else (result,)
-        for name, tensor in zip(step.outputs, results, strict=False):
-            if name and tensor is not None:
+        for index, name in enumerate(step.outputs):
+            tensor = results[index] if index < len(results) else None
+            if name and tensor is None:
+                raise _failure(step, env, ValueError(f"output {index} ({name!r}) is not computed"))
+            if tensor is not None and name:
                 env[name] = tensor
 
     def _step(self, node: ir.Node) -> _Step:

@@ -31,7 +31,10 @@ def _weight_bytes(model: ir.Model) -> int:
 
 
 def _write_single(model: ir.Model, path: Path) -> Path:
-    proto = ir.to_proto(_embedded(model))
+    try:
+        proto = ir.to_proto(_embedded(model))
+    except ir.serde.SerdeError as problem:
+        raise ModelError(f"the graph cannot be written as ONNX: {problem}", "Export the model again") from problem
     _check(proto, model)
     replace_bytes(path, proto.SerializeToString())
     return path

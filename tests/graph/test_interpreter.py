@@ -89,6 +89,12 @@ def test_feeds_that_do_not_fit(interpreter: Interpreter) -> None:
         interpreter.run({"x": numbers(3, 4)}, taps=["nope"])
 
 
+def test_an_output_the_operator_does_not_have() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[3] x) => (float[3] b) { a, b = Relu(x) }"""
+    with pytest.raises(ModelError, match=r"Relu.*output 1 \('b'\) is not computed"):
+        Interpreter(graph_of(onnx.parser.parse_model(text))).run({"x": numbers(3)})
+
+
 def test_unknown_operators_are_named_before_anything_runs() -> None:
     node = helper.make_node("StringNormalizer", ["x"], ["y"], name="clean")
     info = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])

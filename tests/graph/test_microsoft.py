@@ -166,6 +166,36 @@ def test_grouped_query_attention_of_a_new_token(attributes: dict[str, Any]) -> N
     )
 
 
+def test_quantised_products() -> None:
+    a, b = whole(3, 4, low=0, high=255, dtype=np.uint8), whole(4, 5, low=-128, high=127, dtype=np.int8)
+    scale, zero = np.array([0.02], np.float32), np.array([7], np.uint8)
+    scales, zeros, bias = np.abs(numbers(5)) / 50, np.zeros(5, np.int8), numbers(5, seed=3)
+    compare("MatMulIntegerToFloat", [a, b, scale, scales, zero, zeros, bias], domain=MS)
+    compare("MatMulIntegerToFloat", [a, b, scale, scale, zero], domain=MS)
+    compare("DynamicQuantizeMatMul", [numbers(3, 4), b, scales, zeros, bias], domain=MS, constant=(1, 2, 3))
+    compare("DynamicQuantizeMatMul", [numbers(3, 4), b, scale], domain=MS)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_weights_of_few_bits(bits: int, zeroed: bool) -> None:
+    inner, width, block = 40, 6, 32
+    packed = whole(width, 2, block * bits // 8, low=0, high=256, dtype=np.uint8)
+    scales = np.abs(numbers(width, 2)) / 10
+    zeros = whole(width, 2 * bits // 8, low=0, high=256, seed=1, dtype=np.uint8) if zeroed else None
+    compare(
+        "MatMulNBits",
+        [numbers(3, inner), packed, scales, zeros],
+        domain=MS,
+        constant=(1, 2, 3) if zeroed else (1, 2),
+        tolerance=1e-3,
+        bits=bits,
+        block_size=block,
+        K=inner,
+        N=width,
+    )
+
+
 def test_forms_that_are_not_run_say_so() -> None:
     q = numbers(1, 2, 8)
     feeds = {"x0": q}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rewriter.graph.operators.registry import Call, Environment, operator
+from rewriter.graph.tensors import torch_dtype
 
 
 @operator("If", scoped=True)
@@ -41,8 +42,6 @@ def _stacked(body: ir.Graph, emitted: list[list[Tensor]], first: int) -> list[Te
 
 
 def _empty(value: ir.Value) -> Tensor:
-    from rewriter.graph.tensors import torch_dtype
-
     sizes = [size if isinstance(size, int) else 0 for size in value.shape] if value.shape is not None else []
     return torch.zeros([0, *sizes], dtype=torch_dtype(value.dtype) if value.dtype is not None else torch.float32)
 

@@ -41,6 +41,11 @@ def pad_space(x: Tensor, pads: list[int], value: float = 0.0) -> Tensor:
 @operator("Conv")
 def conv(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution over one to three space axes."""
+    return convolved(call, x, weight, bias)
+
+
+def convolved(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` convolved as the attributes of `call` say."""
     space = x.ndim - 2
     if not 1 <= space <= 3:
         raise call.unsupported(f"{space} space axes")

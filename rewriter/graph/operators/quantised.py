@@ -6,6 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from rewriter.graph.operators.convolution import convolved
 from rewriter.graph.operators.registry import Call, operator
 from rewriter.graph.tensors import torch_dtype
 
@@ -57,8 +58,12 @@ def _limits(call: Call, kind: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 @operator("DynamicQuantizeLinear")
-def dynamic_quantize(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def dynamic_quantize_linear(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 with scale and zero point from the range of the data, zero included."""
+    return _dynamically_quantised(x)
+
+
+def _dynamically_quantised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -108,9 +113,75 @@ def conv_integer(
     call: Call, x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None
 ) -> Tensor:
     """Convolution of 8-bit tensors in int32; padding is with the zero point."""
-    from rewriter.graph.operators.convolution import conv
-
     shift = None if w_zero is None else w_zero.reshape([-1, *[1] * (w.ndim - 1)])
-    result = conv(call, _centred(x, x_zero, False), _centred(w, shift, False))
-    assert isinstance(result, Tensor)
-    return result.to(torch.int32)
+    return convolved(call, _centred(x, x_zero, False), _centred(w, shift, False), None).to(torch.int32)
+
+
+@operator("MatMulIntegerToFloat", domain="com.microsoft")
+def matmul_integer_to_float(
+    call: Call,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Product of 8-bit matrices, scaled back to floats, as ONNX Runtime fuses it."""
+    return _scaled_product(a, b, a_scale, b_scale, a_zero, b_zero, bias)
+
+
+def _scaled_product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    product = (_centred(a, a_zero, True) @ _centred(b, b_zero, False)).to(a_scale.dtype)
+    result = product * (a_scale * b_scale)
+    return result if bias is None else result + bias
+
+
+@operator("DynamicQuantizeMatMul", domain="com.microsoft")
+def dynamic_quantised_matmul(
+    call: Call, a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """A float matrix quantised from its own range, times an 8-bit one."""
+    quantised, scale, zero = _dynamically_quantised(a)
+    return _scaled_product(quantised, b, scale, b_scale, zero, b_zero, bias)
+
+
+@operator("MatMulNBits", domain="com.microsoft")
+def matmul_n_bits(
+    call: Call,
+    a: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    groups: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A float matrix times weights of 4 or 8 bits in blocks along the inner axis: `packed` is (N, blocks, bytes)."""
+    bits, block, width, inner = (call.need(name) for name in ("bits", "block_size", "N", "K"))
+    if bits not in (4, 8) or (groups is not None and groups.numel()):
+        raise call.unsupported(f"{bits} bits" if bits not in (4, 8) else "a group index")
+    blocks = -(-inner // block)
+    weight = _unpacked(packed.reshape(width, blocks, -1), bits)[..., :block].to(scales.dtype)
+    zero = torch.tensor(2 ** (bits - 1), dtype=scales.dtype)
+    if zeros is not None:
+        whole = zeros if zeros.is_floating_point() else _unpacked(zeros.reshape(width, -1), bits)
+        zero = whole.reshape(width, -1)[:, :blocks, None].to(scales.dtype)
+    weight_NK = ((weight - zero) * scales.reshape(width, blocks, 1)).reshape(width, -1)[:, :inner]
+    result = a @ weight_NK.T.to(a.dtype)
+    return result if bias is None else result + bias
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """One number per element along the last axis, low half of each byte first."""
+    if bits == 8:
+        return packed
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
