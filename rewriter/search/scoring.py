@@ -21,7 +21,9 @@ from rewriter.graph.onnx import OnnxGraph
 Outputs = dict[str, NDArray[Any]]
 
 SELECT_SAMPLES: Mapping[Effort, int] = {"quick": 200, "normal": 400, "thorough": 2000}
-_REFERENCE_SAMPLES = 512  # fidelity metrics fit a bank of references on this many calibration samples
+_BANK_SAMPLES = 512  # metrics that look at neighbours fit a bank of references on this many calibration samples
+_BANKED = ("similarity", "knn")
+_FEW_SAMPLES = 32  # enough to see what kind of output there is
 _BATCH = 16
 
 
@@ -96,5 +98,6 @@ def _reference_samples(data: Dataset, options: Options) -> Dataset:
     """All labelled calibration samples (a probe needs them) and some others."""
     rng = np.random.default_rng(options.seed)
     known = np.zeros(len(data), bool) if data.labels is None else data.labels >= 0
-    others = rng.permutation(np.flatnonzero(~known))[:_REFERENCE_SAMPLES]
+    count = _BANK_SAMPLES if options.metric in _BANKED else _FEW_SAMPLES
+    others = rng.permutation(np.flatnonzero(~known))[:count]
     return data.subset(np.sort(np.concatenate([np.flatnonzero(known), others])))
