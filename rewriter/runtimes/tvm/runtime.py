@@ -13,12 +13,16 @@ from rewriter.runtimes.base import Executable
 
 
 class TvmRuntime:
-    """Builds and runs graphs with our kernel templates. Modules that load TVM are imported on first use."""
+    """Builds and runs graphs with our kernel templates. Modules that load TVM are imported on first use.
+
+    `cache` keeps compiled code and tuning records between runs; with `tune` shapes that it does not know yet are
+    measured (about a second each), otherwise they get the default tiles.
+    """
 
     name = "tvm"
 
-    def __init__(self, cache: Path | None = None) -> None:
-        self.cache = cache
+    def __init__(self, cache: Path | None = None, tune: bool = False) -> None:
+        self.cache, self.tune = cache, tune
 
     def available(self) -> Refusal | None:
         """TVM must be installed."""
@@ -29,8 +33,15 @@ class TvmRuntime:
     def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
         """An artifact folder for one set of input shapes, below `folder`."""
         from rewriter.runtimes.tvm.compile import build
+        from rewriter.runtimes.tvm.database import TuningDatabase
+        from rewriter.runtimes.tvm.tiles import Tiles
+        from rewriter.runtimes.tvm.tuning import GemmTuner
 
-        return build(graph, [shapes], folder / "tvm", target, self.cache)
+        if self.cache is None:
+            return build(graph, [shapes], folder / "tvm", target)
+        tuner = GemmTuner(target, TuningDatabase(self.cache / "tuning.jsonl"), self.tune)
+        tiles = Tiles(target, tuner.tile)
+        return build(graph, [shapes], folder / "tvm", target, self.cache / "code", tiles)
 
     def load(self, artifact: Path, threads: int) -> Executable:
         """Load a folder that `build` returned."""

@@ -38,9 +38,11 @@ CONSTANTS: dict[str, np.ndarray] = {
     "two": np.float32(2.0), "half": np.float32(0.5), "low": np.float32(-0.3), "high": np.float32(0.4),
     "last": np.array([-1], np.int64), "first": np.array([0], np.int64), "one": np.array([1], np.int64),
     "middle": np.array([1], np.int64), "end": np.array([-10], np.int64), "step": np.array([-2], np.int64),
-    "shape": np.array([0, -1], np.int64), "wide": np.array([4, 1, 3, 8], np.int64), "twice": np.array([1, 2, 1], np.int64),
+    "shape": np.array([0, -1], np.int64), "wide": np.array([4, 1, 3, 8]),
+    "twice": np.array([1, 2, 1], np.int64),
     "sizes": np.array([3, 5], np.int64), "pads": np.array([0, 1, 0, 0, 0, 2], np.int64), "scalar": np.int64(1),
-    "negative": np.array([-1, 0], np.int64), "depth": np.array([7], np.int64), "onoff": np.array([0.5, 2.0], np.float32),
+    "negative": np.array([-1, 0], np.int64), "depth": np.array([7], np.int64),
+    "onoff": np.array([0.5, 2.0], np.float32),
     "updates": numbers(1, 2, 8, seed=11), "upd": numbers(2, 3, seed=12),
 }  # fmt: skip
 Case = tuple[str, tuple[str, ...], dict[str, Any]]
@@ -52,17 +54,20 @@ ELEMENTWISE: list[Case] = [
     *((op, ("i", "j"), {}) for op in ("Add", "Sub", "Mul", "Div", "Mod", "Equal")),
     *((op, ("flag", "flag"), {}) for op in ("And", "Or", "Xor")),
     ("Not", ("flag",), {}), ("Sqrt", ("square",), {}), ("Log", ("square",), {}),
-    ("Pow", ("x", "two"), {}), ("Pow", ("square", "half"), {}), ("Add", ("x", "row"), {}), ("Sum", ("x", "y", "row"), {}),
+    ("Pow", ("x", "two"), {}), ("Pow", ("square", "half"), {}), ("Add", ("x", "row"), {}),
+    ("Sum", ("x", "y", "row"), {}),
     ("Clip", ("x", "low", "high"), {}), ("Clip", ("x", "low"), {}), ("Gelu", ("x",), {}),
     ("Gelu", ("x",), {"approximate": "tanh"}), ("HardSigmoid", ("x",), {}),
-    ("Cast", ("x",), {"to": 7}), ("Cast", ("i",), {"to": 1}), ("Cast", ("i",), {"to": 9}), ("Cast", ("flag",), {"to": 1}),
+    ("Cast", ("x",), {"to": 7}), ("Cast", ("i",), {"to": 1}), ("Cast", ("i",), {"to": 9}),
+    ("Cast", ("flag",), {"to": 1}),
 ]  # fmt: skip
 MOVEMENT: list[Case] = [
     ("Reshape", ("x", "shape"), {}), ("Unsqueeze", ("x", "one"), {}), ("Flatten", ("x",), {"axis": 2}),
     ("Expand", ("x4", "wide"), {}), ("Tile", ("x", "twice"), {}), ("Transpose", ("x",), {"perm": [2, 0, 1]}),
     ("Transpose", ("x",), {}), ("Concat", ("x", "y"), {"axis": -1}), ("Slice", ("x", "first", "last", "last"), {}),
     ("Slice", ("x", "last", "end", "last", "step"), {}), ("Slice", ("x", "middle", "scalars"), {}),
-    ("Gather", ("table", "pick"), {}), ("Gather", ("x", "pick2"), {"axis": 1}), ("Gather", ("x", "negative"), {"axis": 1}),
+    ("Gather", ("table", "pick"), {}), ("Gather", ("x", "pick2"), {"axis": 1}),
+    ("Gather", ("x", "negative"), {"axis": 1}),
     ("Gather", ("x", "scalar"), {"axis": 2}), ("Gather", ("i", "flagged"), {}),
     ("GatherElements", ("x2", "pick"), {"axis": 1}), ("GatherND", ("x", "pairs"), {}),
     ("ScatterND", ("x", "pairs", "updates"), {}), ("ScatterElements", ("x2", "pick", "upd"), {"axis": 1}),
@@ -135,7 +140,7 @@ def test_an_unknown_operator_is_named() -> None:
     ]
     made = helper.make_graph([node], "unknown", infos[:1], infos[1:])
     model = OnnxGraph(ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)))
-    with pytest.raises(UnsupportedOperator, match="Det.*odd one"):
+    with pytest.raises(UnsupportedOperator, match=r"Det.*odd one"):
         run_graph(model, {"x": numbers(2, 2)})
 
 

@@ -1,0 +1,119 @@
+"""Which register tile a GEMM shape likes best, found by measuring a handful.
+
+Candidates come from the register file (sums for rows x vectors must fit) and are measured in turn, on normal values and
+rotating buffers: warm weights and uniform inputs mislead by up to two times. One shape takes about a second.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from rewriter.core.target import Target
+from rewriter.runtimes.tvm.database import Subject, TuningDatabase
+from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile, make_gemm, pack
+from rewriter.runtimes.tvm.target import tvm_target
+
+CANDIDATES = {32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1))}
+MEASURE_S = 0.6  # for all candidates of one shape together
+ROTATED_BYTES = 48 << 20  # beyond any cache that one core has to itself
+TOLERANCE = 1e-3
+DECIDES = 0.99  # a challenger must take less than this share of the default's time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A candidate and its median."""
+
+    tile: Tile
+    seconds: float
+
+
+class GemmTuner:
+    """Finds tiles in a database, or measures them and records what it found."""
+
+    def __init__(self, target: Target, database: TuningDatabase, measure: bool = True) -> None:
+        self.target, self.database, self.measure = target, database, measure
+
+    def tile(self, spec: Gemm, default: Tile) -> Tile:
+        """The best known tile for a GEMM; `default` if nothing is known and measuring is off, or nothing beats it."""
+        kernel = f"gemm:{spec.activation}:{int(spec.residual)}"
+        subject = Subject.of(kernel, (spec.M, spec.N, spec.K), self.target)
+        known = self.database.find(subject)
+        if known is not None:
+            return Tile(**known["tile"])
+        if not self.measure:
+            return default
+        timings = measure_tiles(spec, candidates(spec, self.target, default), self.target)
+        best = min(timings, key=lambda timing: timing.seconds)
+        first = timings[0]
+        chosen = best if best.seconds < DECIDES * first.seconds else first
+        self.database.add(subject, {"tile": asdict(chosen.tile), "seconds": chosen.seconds, "tried": len(timings)})
+        return chosen.tile
+
+
+def candidates(spec: Gemm, target: Target, default: Tile) -> list[Tile]:
+    """The default first, then other shapes of the register tile with rows balanced over M."""
+    found = [default]
+    for most, vectors in CANDIDATES[target.registers]:
+        rows = -(-spec.M // -(-spec.M // most))
+        waste = -(-spec.N // (vectors * spec.lanes)) * vectors * spec.lanes / spec.N
+        tile = Tile(rows, vectors, default.unroll, default.block, default.ahead)
+        if tile not in found and waste < 1.34:
+            found.append(tile)
+    return found
+
+
+def measure_tiles(spec: Gemm, tiles: list[Tile], target: Target) -> list[Timing]:
+    """Medians of all tiles, taken in turn; a tile whose result is wrong is left out."""
+    rng = np.random.default_rng(0)
+    sets = max(2, min(16, ROTATED_BYTES // (4 * spec.N * spec.K)))
+    weights = [rng.standard_normal((spec.K, spec.N), np.float32) / np.float32(spec.K**0.5) for _ in range(sets)]
+    rest = _other_inputs(spec, rng)
+    runners = [_Runner(spec, tile, target, weights, rest) for tile in tiles]
+    reference = runners[0].result()
+    runners = [runner for runner in runners if np.abs(runner.result() - reference).max() < TOLERANCE]
+    samples: dict[Tile, list[float]] = {runner.tile: [] for runner in runners}
+    deadline, turn = time.perf_counter() + MEASURE_S, 0
+    while turn < 3 or time.perf_counter() < deadline:
+        for runner in runners:
+            samples[runner.tile].append(runner.seconds(turn % sets))
+        turn += 1
+    return [Timing(tile, float(np.median(values))) for tile, values in samples.items()]
+
+
+def _other_inputs(spec: Gemm, rng: np.random.Generator) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+    a = rng.standard_normal((*spec.leading, spec.K), np.float32)
+    rest = [rng.standard_normal(spec.N, np.float32)] if spec.bias else []
+    return a, [*rest, *([rng.standard_normal((*spec.leading, spec.N), np.float32)] if spec.residual else [])]
+
+
+class _Runner:
+    """One compiled candidate with its rotating weights."""
+
+    def __init__(
+        self, spec: Gemm, tile: Tile, target: Target, weights: list[NDArray[np.float32]], rest: tuple[Any, list[Any]]
+    ) -> None:
+        self.tile = tile
+        module = tvm.IRModule({"gemm": make_gemm(spec, tile).with_attr("global_symbol", "gemm")})
+        self._run = tvm.compile(module, target=tvm_target(target))["gemm"]
+        first, others = tvm.runtime.tensor(rest[0]), [tvm.runtime.tensor(array) for array in rest[1]]
+        self._out = tvm.runtime.tensor(np.zeros((*spec.leading, spec.N), np.float32))
+        packed = [tvm.runtime.tensor(pack(weight, tile.vectors * spec.lanes)) for weight in weights]
+        self._arguments = [(first, panel, *others, self._out) for panel in packed]
+
+    def result(self) -> NDArray[np.float32]:
+        """The output on the first weights."""
+        self._run(*self._arguments[0])
+        return np.array(self._out.numpy())
+
+    def seconds(self, index: int) -> float:
+        """One run on one set of weights."""
+        begun = time.perf_counter()
+        self._run(*self._arguments[index])
+        return time.perf_counter() - begun
