@@ -71,6 +71,8 @@ def _prepare(settings: dict[str, Any]) -> None:
     # Ctrl-C belongs to the parent, which ends or keeps its workers as it sees fit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    # Asked for before a child that gives no answer is ended: where it hangs is worth knowing.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     if settings["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, settings["cores"])
     if settings["dies_with_parent"]:

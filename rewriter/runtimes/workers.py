@@ -38,6 +38,7 @@ _START = (
 )
 _START_LIMIT_S = 60.0
 _WATCH_S = 0.1
+_TRACE_S = 0.2
 _TAIL_BYTES = 4000
 
 FailureKind = Literal["crash", "timeout", "memory", "error"]
@@ -48,7 +49,8 @@ class WorkerFailure:
     """Why a call in a worker gave no value. `detail` is one line; `output` the end of what the child wrote.
 
     ``crash``: the process ended; ``timeout``: it was ended at the time limit; ``memory``: at the memory limit;
-    ``error``: the function raised. `exit_code` is negative for a signal and None while the process lives on.
+    ``error``: the function raised. After a timeout `output` ends with where each thread was. `exit_code` is negative
+    for a signal and None while the process lives on.
     """
 
     kind: FailureKind
@@ -133,7 +135,8 @@ class Worker:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
+        # While the interpreter goes down, the closed socket ends the child.
+        if getattr(self, "_process", None) is not None and not sys.is_finalizing():
             self.close()
 
     def _ensure_started(self) -> WorkerFailure | None:
@@ -233,6 +236,9 @@ class Worker:
         return WorkerFailure("memory" if memory else "crash", f"{self.name} {happened} {how}", code, output=output)
 
     def _stop(self, kind: FailureKind, why: str) -> WorkerFailure:
+        if kind == "timeout" and self.pid is not None:
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(_TRACE_S)
         output = self._tail()
         process = self._process
         self.close()
