@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import onnx
@@ -13,6 +12,7 @@ from onnx_ir.passes import common
 from rewriter.core.errors import ModelError
 from rewriter.graph.proto_checks import check_proto
 from rewriter.graph.proto_tensors import external_file
+from rewriter.graph.quiet import quiet_onnx_ir
 
 _EXPORT_AGAIN = "Export the model again"
 _MAX_FILE_BYTES = 2**31 - 1  # protobuf reads no larger message
@@ -64,25 +64,25 @@ def parse(file: Path) -> onnx.ModelProto:
 
 def from_checked_proto(proto: onnx.ModelProto, file: Path) -> ir.Model:
     """The IR of a checked message. What the IR's own reader refuses becomes a `ModelError`."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its warnings repeat what is checked here
     try:
-        model = ir.from_proto(proto)
-        if "ai.onnx" in model.opset_imports:  # the long name of the standard domain
-            model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
-        if model.functions:
-            common.InlinePass()(model)
-            common.RemoveUnusedFunctionsPass()(model)
-        for graph in model.graphs():
-            _sort(graph, file)
-            _settle(graph, file)
+        with quiet_onnx_ir():
+            return _convert(proto, file)
     except ModelError:
         raise
     except Exception as problem:
         raise ModelError(f"{file} is malformed: {problem}", _EXPORT_AGAIN) from problem
-    finally:
-        logger.setLevel(level)
+
+
+def _convert(proto: onnx.ModelProto, file: Path) -> ir.Model:
+    model = ir.from_proto(proto)
+    if "ai.onnx" in model.opset_imports:  # the long name of the standard domain
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    if model.functions:
+        common.InlinePass()(model)
+        common.RemoveUnusedFunctionsPass()(model)
+    for graph in model.graphs():
+        _sort(graph, file)
+        _settle(graph, file)
     return model
 
 

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from rewriter.core.errors import ModelError, OutputError
+from rewriter.graph.quiet import quiet_onnx_ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
@@ -18,9 +19,10 @@ def write_model(model: ir.Model, path: Path, external_above_bytes: int) -> Path:
     """Write `model` to `path` atomically, its weights beside it when together they exceed the limit in bytes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if _weight_bytes(model) > external_above_bytes:
-            return _write_external(model, path)
-        return _write_single(model, path)
+        with quiet_onnx_ir():
+            if _weight_bytes(model) > external_above_bytes:
+                return _write_external(model, path)
+            return _write_single(model, path)
     except OSError as problem:
         raise OutputError(f"cannot write {path}: {problem.strerror or problem}", "Choose another place") from problem
 

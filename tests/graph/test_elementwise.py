@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.graph.harness import compare, i64, numbers, whole
@@ -163,6 +164,8 @@ def test_softmax_meaning_changes_with_opset() -> None:
 
 def test_swish() -> None:
     compare("Swish", [numbers(3, 4)], opset=24, alpha=1.5)
+    if onnx.defs.onnx_opset_version() >= 28:
+        compare("SwiGLU", [numbers(3, 4), numbers(3, 4, seed=1)], opset=28, alpha=1.5)
 
 
 def test_half_precision() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from rewriter.core.errors import ModelError, UnsupportedOperator
@@ -216,6 +217,8 @@ def test_arg_reduction(op: str, last: int) -> None:
 @pytest.mark.parametrize("reverse", [0, 1])
 def test_cumulative_sum(exclusive: int, reverse: int) -> None:
     compare("CumSum", [numbers(3, 4), np.array(1)], exclusive=exclusive, reverse=reverse)
+    if onnx.defs.onnx_opset_version() >= 26:
+        compare("CumProd", [numbers(3, 4), np.array(1)], opset=26, exclusive=exclusive, reverse=reverse)
 
 
 def test_shape_and_size() -> None:

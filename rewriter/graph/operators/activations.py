@@ -137,3 +137,9 @@ def _flat(call: Call, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor
     axis = axis + x.ndim if axis < 0 else axis
     rows = x.shape[:axis].numel()
     return function(x.reshape(rows, -1)).reshape(x.shape)
+
+
+@operator("SwiGLU")
+def swish_gate(call: Call, gate: Tensor, x: Tensor) -> Tensor:
+    """``swish(gate) * x`` (Shazeer, arXiv 2002.05202)."""
+    return gate * torch.sigmoid(call.get("alpha", 1.0) * gate) * x

@@ -103,3 +103,15 @@ def cumulative_sum(call: Call, x: Tensor, axis: Tensor) -> Tensor:
     result = torch.cumsum(x, dim, dtype=x.dtype)
     result = result - x if call.get("exclusive") else result
     return result.flip(dim) if call.get("reverse") else result
+
+
+@operator("CumProd")
+def cumulative_product(call: Call, x: Tensor, axis: Tensor) -> Tensor:
+    """Running products, optionally exclusive or from the end."""
+    dim = int(axis)
+    x = x.flip(dim) if call.get("reverse") else x
+    if call.get("exclusive"):
+        ones = torch.ones_like(x.narrow(dim, 0, 1))
+        x = torch.cat([ones, x.narrow(dim, 0, x.shape[dim] - 1)], dim)
+    result = torch.cumprod(x, dim, dtype=x.dtype)
+    return result.flip(dim) if call.get("reverse") else result
