@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from rewriter.attention.build import Builder
@@ -11,8 +13,8 @@ from rewriter.core.refusal import Refused
 from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, Rotary
 
 
-def emit(builder: Builder, paths: Paths, site: AttentionSite | FeedForwardSite) -> None:
-    """The nodes of one site; its result takes the graph's name of the old result.
+def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | FeedForwardSite) -> None:
+    """The nodes of one site; its result takes the graph's name of the old result. `paths` is asked for only if needed.
 
     Raises `Refused` if too little is known of the site, and `ModelError` if it belongs to another graph.
     """
@@ -25,7 +27,7 @@ def emit(builder: Builder, paths: Paths, site: AttentionSite | FeedForwardSite) 
         raise ModelError(f"site {site.id!r} does not belong to this graph: {problem.what}", problem.hint) from problem
 
 
-def _emit_attention(b: Builder, paths: Paths, site: AttentionSite) -> None:
+def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite) -> None:
     if site.output is None:
         raise Refused("no-output", "the output projection is not known", site.nodes)
     query, key, value = (
@@ -131,7 +133,7 @@ def _table(b: Builder, name: str, turn: Rotary) -> str:
     return name
 
 
-def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -> str:
+def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
     bias = site.bias
     if bias.kind == "none":
         return ""
@@ -141,7 +143,7 @@ def _bias(b: Builder, paths: Paths, site: AttentionSite, query: str, key: str) -
     if bias.kind == "path":
         zero = _zeros(b, site, query, key)
         renamed = {bias.value: zero}
-        b.copy(paths.between(bias.value, bias.path_end) or [], renamed)
+        b.copy(paths().between(bias.value, bias.path_end) or [], renamed)
         name = renamed[bias.path_end]
     if bias.folded:
         lengths = b.op("Slice", b.op("Shape", name), b.ints(1), b.ints(3))
@@ -182,7 +184,7 @@ def _token_axis(projection: Projection) -> int:
     return 2 if projection.norm or projection.rotary or projection.past or projection.present else 1
 
 
-def _emit_feed_forward(b: Builder, paths: Paths, site: FeedForwardSite) -> None:
+def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForwardSite) -> None:
     named = site.activation != "path"
     activation = site.activation if named and site.activation != "identity" else ""
     up = [site.source, b.constant(site.up_CF, "up.weight")]
@@ -193,7 +195,7 @@ def _emit_feed_forward(b: Builder, paths: Paths, site: FeedForwardSite) -> None:
     acted = b.composite("Linear", *up, output=hidden if named and not gated else "", activation=activation)
     if not named:
         renamed = {site.path_start: acted}
-        b.copy(paths.between(site.path_start, site.path_end) or [], renamed)
+        b.copy(paths().between(site.path_start, site.path_end) or [], renamed)
         acted = renamed[site.path_end]
         if not gated:
             acted = b.op("Identity", acted, output=hidden)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache, partial
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
     """
     lowered = graph.clone()
     lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
-    paths, dtype = Paths(lowered), None if exact else float_dtype(graph)
+    paths, dtype = cache(partial(Paths, lowered)), None if exact else float_dtype(graph)
     for site in sites:
         builder = Builder(site.id, lowered.opset, lowered.value, dtype)
         emit(builder, paths, site)
@@ -51,7 +52,7 @@ def fragment(graph: OnnxGraph, site: Site, exact: bool = False) -> Fragment:
     """
     dtype = None if exact else float_dtype(graph)
     builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name), dtype)
-    emit(builder, Paths(graph), site)
+    emit(builder, partial(Paths, graph), site)
     return Fragment(tuple(builder.nodes), builder.constants, (result_of(site),))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rewriter.attention.recognise import recognise
+from rewriter.core.site import Recognition
 from rewriter.graph.onnx import OnnxGraph, load
 
 COMMON = {
@@ -43,13 +45,15 @@ def export(
         if tensor.is_floating_point() and tensor.ndim == 3:
             axes[name][1] = f"{name}_tokens"
     options: dict[str, object] = {"opset_version": opset, "input_names": list(names), "output_names": list(outputs)}
-    if dynamo:
-        options["dynamic_shapes"] = tuple(dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in names)
-    else:
-        options["dynamic_axes"] = axes
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(module.eval(), tuple(inputs), str(path), dynamo=dynamo, **options)
+        if dynamo:
+            # the module takes its inputs as one variadic argument
+            shapes = (tuple(dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in names),)
+            program = torch.export.export(module.eval(), tuple(inputs), dynamic_shapes=shapes, strict=False)
+            torch.onnx.export(program, (), dynamo=True, **options).save(str(path))
+        else:
+            torch.onnx.export(module.eval(), tuple(inputs), str(path), dynamo=False, dynamic_axes=axes, **options)
         graph = load(path)
         for value in graph.model.graph.initializers.values():
             assert value.const_value is not None
@@ -79,6 +83,16 @@ def randomise(module: nn.Module) -> nn.Module:
 def tokens(batch: int = 2, length: int = 9) -> Tensor:
     """Token numbers."""
     return torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+_FOUND: dict[int, Recognition] = {}
+
+
+def recognised(graph: OnnxGraph) -> Recognition:
+    """What is found in one of these graphs; looked for once, because graphs are cached."""
+    if id(graph) not in _FOUND:
+        _FOUND[id(graph)] = recognise(graph)
+    return _FOUND[id(graph)]
 
 
 class Take(nn.Module):
@@ -136,7 +150,9 @@ def gemma2() -> OnnxGraph:
 @cache
 def t5() -> OnnxGraph:
     names = ("input_ids", "attention_mask", "decoder_input_ids")
-    return _text("T5", "eager", False, names, d_model=24, d_kv=6, d_ff=40, num_heads=4, num_layers=1)
+    return _text(
+        "T5", "eager", False, names, d_model=24, d_kv=6, d_ff=40, num_heads=4, num_layers=1, num_decoder_layers=1
+    )
 
 
 @cache

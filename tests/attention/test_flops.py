@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from rewriter.attention.flops import core_flops, cost, total
-from rewriter.attention.recognise import recognise
 from tests.attention import exported
 
 
@@ -14,7 +13,7 @@ def test_heads_are_not_counted_twice() -> None:
 
 
 def test_parts_of_a_block() -> None:
-    found = recognise(exported.bert("eager"))
+    found = exported.recognised(exported.bert("eager"))
     attention = cost(found.attention[0], 2, 10)
     assert attention.core_flops == 2 * 2 * 2 * 10 * 10 * 24
     assert attention.flops == attention.core_flops + 2 * 2 * 10 * 4 * 24 * 24
@@ -27,5 +26,5 @@ def test_parts_of_a_block() -> None:
 
 @pytest.mark.parametrize(("keys", "factor"), [(10, 1), (20, 2)])
 def test_cross_attention_counts_its_own_keys(keys: int, factor: int) -> None:
-    site = recognise(exported.bert("eager")).attention[0]
+    site = exported.recognised(exported.bert("eager")).attention[0]
     assert cost(site, 1, 10, keys).core_flops == factor * cost(site, 1, 10).core_flops

@@ -5,14 +5,15 @@ import json
 import pytest
 
 from rewriter.attention.inspect import describe
-from rewriter.attention.recognise import recognise
 from rewriter.core.refusal import Refusal
 from tests.attention import exported
 
 
 def test_the_description_is_json_with_every_field() -> None:
     graph = exported.bert("eager")
-    text = describe(recognise(graph), graph, lambda site: {"one": None, "two": Refusal("too-small", "it is too small")})
+    text = describe(
+        exported.recognised(graph), graph, lambda site: {"one": None, "two": Refusal("too-small", "it is too small")}
+    )
     data = json.loads(json.dumps(text))
     assert set(data) == {"attention", "feed_forward", "unrecognised"}
     first = data["attention"][0]
@@ -26,7 +27,7 @@ def test_the_description_is_json_with_every_field() -> None:
 
 def test_what_is_not_understood_is_listed() -> None:
     graph = exported.block(mixing=True)
-    (entry,) = describe(recognise(graph), graph, lambda site: {})["unrecognised"]
+    (entry,) = describe(exported.recognised(graph), graph, lambda site: {})["unrecognised"]
     assert entry["code"] == "head-mixing"
     assert entry["node"]
     assert entry["why"]

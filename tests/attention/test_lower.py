@@ -17,14 +17,11 @@ from rewriter.graph.stepper import Stepper
 from tests.attention import exported
 
 GRAPHS = {"bert": exported.bert, "gpt2": exported.gpt2, "llama": exported.llama, "vit": exported.vit, "t5": exported.t5}
-_FOUND: dict[str, Recognition] = {}
 
 
 def recognised(name: str) -> tuple[OnnxGraph, Recognition]:
     graph = GRAPHS[name]()
-    if name not in _FOUND:
-        _FOUND[name] = recognise(graph)
-    return graph, _FOUND[name]
+    return graph, exported.recognised(graph)
 
 
 def feeds_of(graph: OnnxGraph, batch: int, length: int) -> dict[str, np.ndarray]:
