@@ -146,7 +146,10 @@ class _Walk:
         """Statistics of the site as it stands on the student's stream, against the teacher's output."""
         source = self.student or self.teacher
         site = self.sites[index]
-        return statistics_of(site, self.lowered, source, self.tokens, batches, self._targets(index, batches), heads)
+        targets: Iterator[tuple[Tensor | None, Tensor | None]] = self._targets(index, batches)
+        if self.student is None:
+            targets = ((None, None) for _ in targets)
+        return statistics_of(site, self.lowered, source, self.tokens, batches, targets, heads)
 
     def _targets(self, index: int, batches: list[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
         site, residual = self.sites[index], self.residuals[index]
@@ -175,12 +178,13 @@ class _Walk:
 
     def _run(self, index: int, site: Site, batches: list[int]) -> StreamRegression:
         """The regression of a rewritten site's own features, by running it on the student's stream."""
-        source, made, found = self.student or self.teacher, fragment(self.graph, site), RegressionAccumulator()
+        source, made = self.student or self.teacher, fragment(self.graph, site)
+        found = RegressionAccumulator(output_weights(site))
         for batch, (output, drift) in zip(batches, self._targets(index, batches), strict=True):
             features = source.run_fragment(made, batch, [feature_name(site)])[feature_name(site)]
             picked = self.tokens.of(batch, tuple(features.shape[:-1]))
             rows, target, residual = rows_of(site, features, output, drift)
-            found.add(rows[picked], target[picked], None if residual is None else residual[picked])
+            found.add(rows[picked], *(None if part is None else part[picked] for part in (target, residual)))
         return found.result()
 
     def _go_on(self, index: int, site: Site) -> None:

@@ -75,8 +75,8 @@ class _Pricer:
     def price(self, site: Site, combinations: Sequence[Options]) -> dict[Options, float]:
         """The share lost by every combination at one site."""
         batches = list(range(self.stepper.batches))
-        targets = ((self.stepper.value(output_name(site), batch), None) for batch in batches)
-        facts = statistics_of(site, self.lowered, self.stepper, self.tokens, batches, targets)
+        unchanged = ((None, None) for _ in batches)
+        facts = statistics_of(site, self.lowered, self.stepper, self.tokens, batches, unchanged)
         states: dict[Options, Rewritten] = {(): Rewritten(site, facts.at(0.0))}
         found: dict[Options, float] = {}
         for options in combinations:
@@ -107,14 +107,15 @@ class _Pricer:
 
     def _probed(self, state: Rewritten) -> Rewritten:
         """The same site with features as they are when it is run, and its output fitted to them."""
-        made, found, seen = fragment(self.graph, state.site), RegressionAccumulator(), 0
+        made, seen = fragment(self.graph, state.site), 0
+        found = RegressionAccumulator(output_weights(state.site))
         for batch in range(self.stepper.batches):
             if seen >= self.probe_tokens:
                 break
             features = self.stepper.run_fragment(made, batch, [feature_name(state.site)])[feature_name(state.site)]
             picked = self.tokens.of(batch, tuple(features.shape[:-1]))
             rows, target, _ = rows_of(state.site, features, self.stepper.value(output_name(state.site), batch), None)
-            found.add(rows[picked], target[picked])
+            found.add(rows[picked], None if target is None else target[picked])
             seen += int(picked.sum())
         statistics = state.statistics.with_regression(found.result().target(0.0))
         return Rewritten(resolve_output(state.site, statistics), statistics)

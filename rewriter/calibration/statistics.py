@@ -6,6 +6,7 @@ that agrees with float64 arithmetic to about 1e-6 of the largest entry at a frac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,55 +57,75 @@ class StreamRegression:
 
 
 class RegressionAccumulator:
-    """Takes rows as they come and keeps only sums."""
+    """Takes rows as they come and keeps only sums.
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    What is summed is the difference of the output to ``[features | 1] @ weights`` (F+1, C): near the weights that
+    made it the output is known almost exactly, so that losses far below float32 rounding of the output survive.
+    """
+
+    def __init__(self, weights: Array64) -> None:
+        self._weights = weights
+        self._around = torch.from_numpy(weights)
+        columns, width = weights.shape
+        self._gram = np.zeros((columns, columns))
+        self._cross_error, self._cross_residual = np.zeros((columns, width)), np.zeros((columns, width))
+        self._energies = np.zeros(3)  # <error, error>, <error, residual>, <residual, residual>
+        self._waiting: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self._held = 0
-        self._sums: tuple[Array64, Array64, Array64] | None = None
-        self._energies = np.zeros(3)
         self._tokens = 0
 
-    def add(self, features: Tensor, output: Tensor, residual: Tensor | None = None) -> None:
-        """Rows of features (N, F) with their output (N, C) and, if there is one, residual difference (N, C)."""
+    def add(self, features: Tensor, output: Tensor | None, residual: Tensor | None = None) -> None:
+        """Rows of features (N, F), what the output should be (N, C), and the drift of the residual (N, C).
+
+        Without `output` it is what the weights make of the features, without `residual` there is no drift; either is
+        given always or never.
+        """
         for start in range(0, len(features), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             if self._held + len(features[part]) > CHUNK_TOKENS:
                 self._flush()
-            self._waiting.append((features[part], output[part], None if residual is None else residual[part]))
+            wanted, drift = (None if rows is None else rows[part] for rows in (output, residual))
+            self._waiting.append((features[part], wanted, drift))
             self._held += len(features[part])
 
     def result(self) -> StreamRegression:
         """What was seen so far. Raises `ValueError` if that is nothing."""
         self._flush()
-        if self._sums is None:
+        if not self._tokens:
             raise ValueError("no rows were seen")
-        upper, output, residual = self._sums
-        gram = np.triu(upper) + np.triu(upper, 1).T
-        return StreamRegression(gram, output.copy(), residual.copy(), self._energies.copy(), self._tokens)
+        gram, weights = np.triu(self._gram) + np.triu(self._gram, 1).T, self._weights
+        made = gram @ weights
+        energies = self._energies.copy()
+        energies[0] += float(np.sum(weights * (made + 2.0 * self._cross_error)))
+        energies[1] += float(np.sum(weights * self._cross_residual))
+        return StreamRegression(gram, made + self._cross_error, self._cross_residual.copy(), energies, self._tokens)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        features = torch.cat([part[0] for part in self._waiting])
-        output = torch.cat([part[1] for part in self._waiting])
-        drifted = any(part[2] is not None for part in self._waiting)
-        drift = [torch.zeros_like(part[1]) if part[2] is None else part[2] for part in self._waiting]
+        features, output, residual = (_joined(column) for column in zip(*self._waiting, strict=True))
         self._waiting, self._held = [], 0
+        assert features is not None
         wide = torch.cat([features, torch.ones(len(features), 1, dtype=features.dtype)], dim=1)
-        if self._sums is None:
-            columns, width = wide.shape[1], output.shape[1]
-            self._sums = np.zeros((columns, columns)), np.zeros((columns, width)), np.zeros((columns, width))
-        gram, cross_output, cross_residual = self._sums
-        gram += _upper_gram(wide.numpy())
-        cross_output += (wide.T @ output).numpy()
-        wanted = output.double()
-        self._energies[0] += float((wanted * wanted).sum())
         self._tokens += len(features)
-        if drifted:
-            residual = torch.cat(drift)
-            cross_residual += (wide.T @ residual).numpy()
-            self._energies[1:] += [float((other * residual.double()).sum()) for other in (wanted, residual.double())]
+        self._gram += _upper_gram(wide.numpy())
+        error = None if output is None else output - wide @ self._around.to(wide.dtype)
+        if error is not None:
+            self._cross_error += (wide.T @ error).numpy()
+            self._energies[0] += _dot(error, error)
+        if residual is not None:
+            self._cross_residual += (wide.T @ residual).numpy()
+            self._energies[1] += 0.0 if error is None else _dot(error, residual)
+            self._energies[2] += _dot(residual, residual)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left.double() * right.double()).sum())
 
 
 def _upper_gram(rows: NDArray[Any]) -> NDArray[Any]:

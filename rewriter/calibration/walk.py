@@ -17,6 +17,7 @@ from rewriter.calibration.statistics import (
     centred,
     valid_keys,
 )
+from rewriter.core.rewrite import output_weights
 from rewriter.core.site import AttentionSite, Site
 from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
 from rewriter.graph.composites import is_composite
@@ -138,22 +139,23 @@ def statistics_of(
     stepper: Stepper,
     tokens: Tokens,
     batches: list[int],
-    targets: Iterator[tuple[Tensor, Tensor | None]],
+    targets: Iterator[tuple[Tensor | None, Tensor | None]],
     heads: bool = True,
 ) -> SiteStatistics:
     """Statistics of the site as it stands in `stepper`'s graph.
 
-    `targets` gives per batch what the output should be, and the drift of the residual (or None), in the layout of the
-    site's output value. Without `heads` the Grams of queries and keys are left out (they are costly to no purpose
-    where no pass asks for them).
+    `targets` gives per batch what the output should be (None: what it is) and the drift of the residual (or None), in
+    the layout of the site's output value. Without `heads` the Grams of queries and keys are left out (they are costly,
+    to no purpose where no pass asks for them).
     """
-    regression, queries, keys = RegressionAccumulator(), HeadGramAccumulator(), HeadGramAccumulator()
+    regression = RegressionAccumulator(output_weights(site))
+    queries, keys = HeadGramAccumulator(), HeadGramAccumulator()
     for batch, (output, drift) in zip(batches, targets, strict=True):
         valid_BT = learn_tokens(site, lowered, stepper, batch, tokens)
         features = stepper.value(feature_name(site), batch)
         picked = tokens.of(batch, tuple(features.shape[:-1]))
         rows, target, residual = rows_of(site, features, output, drift)
-        regression.add(rows[picked], target[picked], None if residual is None else residual[picked])
+        regression.add(rows[picked], *(None if part is None else part[picked] for part in (target, residual)))
         if heads and isinstance(site, AttentionSite) and valid_BT is not None:
             own = ports(lowered, site)
             query = _split(stepper.value(own.query, batch), own.query_heads)[:, :, list(site.query.head_of)]
@@ -165,18 +167,22 @@ def statistics_of(
     return SiteStatistics(regression.result(), queries.result(), keys.result())
 
 
-def rows_of(site: Site, features: Tensor, output: Tensor, drift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def rows_of(
+    site: Site, features: Tensor, output: Tensor | None, drift: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Features (N, F), output (N, C) and drift (N, C) with matching rows, whatever the layout of the output value."""
     lead = tuple(features.shape[:-1])
     swapped = isinstance(site, AttentionSite) and site.output is not None and site.output.time_first
 
-    def flat(value: Tensor) -> Tensor:
+    def flat(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
         width = value.shape[-1]
         if not swapped:
             return value.reshape(-1, width)
         return value.reshape(lead[1], lead[0], width).transpose(0, 1).reshape(-1, width)
 
-    return features.reshape(-1, features.shape[-1]), flat(output), None if drift is None else flat(drift)
+    return features.reshape(-1, features.shape[-1]), flat(output), flat(drift)
 
 
 def _name(value: ir.Value | None) -> str:

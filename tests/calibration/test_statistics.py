@@ -25,8 +25,9 @@ def rows(seed: int, count: int, dtype: torch.dtype = torch.float64) -> tuple[tor
     return features.to(dtype), output.to(dtype), residual.to(dtype)
 
 
-def accumulated(parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> StreamRegression:
-    accumulator = RegressionAccumulator()
+def accumulated(parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], around: float = 1.0) -> StreamRegression:
+    weights = around * np.random.default_rng(8).normal(size=(parts[0][0].shape[1] + 1, 3))
+    accumulator = RegressionAccumulator(weights)
     for part in parts:
         accumulator.add(*part)
     return accumulator.result()
@@ -57,7 +58,7 @@ def test_any_chunking_and_order_give_the_same_sums(cuts: list[int], order: objec
 
 
 def test_float32_products_summed_in_float64_lose_little() -> None:
-    assert_same(accumulated([rows(1, 20_000, torch.float32)]), one_shot(1, 20_000), 2e-6)
+    assert_same(accumulated([rows(1, 20_000, torch.float32)], around=0.0), one_shot(1, 20_000), 2e-6)
 
 
 def test_loss_from_sums_is_the_loss_from_data() -> None:
@@ -71,11 +72,35 @@ def test_loss_from_sums_is_the_loss_from_data() -> None:
 
 def test_without_residual_alpha_does_nothing() -> None:
     features, output, _ = rows(3, 50)
-    accumulator = RegressionAccumulator()
+    accumulator = RegressionAccumulator(np.zeros((8, 3)))
     accumulator.add(features, output)
     stream = accumulator.result()
     np.testing.assert_array_equal(stream.target(1.0).cross, stream.target(0.0).cross)
     assert stream.target(1.0).energy == stream.target(0.0).energy
+
+
+def test_without_output_it_is_what_the_weights_make() -> None:
+    features, _, residual = rows(3, 50)
+    weights = np.random.default_rng(0).normal(size=(8, 3))
+    given, made = RegressionAccumulator(weights), RegressionAccumulator(weights)
+    given.add(features, features @ torch.from_numpy(weights[:-1]) + torch.from_numpy(weights[-1]), residual)
+    made.add(features, None, residual)
+    found, wanted = made.result(), given.result()
+    for name in ("gram", "cross_output", "cross_residual"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.target(0.0).energy, wanted.target(0.0).energy, rtol=1e-12)
+
+
+def test_losses_far_below_rounding_of_the_output_survive() -> None:
+    features = rows(6, 4000, torch.float32)[0]
+    weights = 100.0 * np.random.default_rng(0).normal(size=(8, 3))
+    near = weights + 1e-4
+    accumulator = RegressionAccumulator(weights)
+    accumulator.add(features, None)
+    regression = accumulator.result().target(0.0)
+    exact = features.double().numpy() @ (near - weights)[:-1] + (near - weights)[-1]
+    np.testing.assert_allclose(regression.loss(near), np.sum(exact**2), rtol=1e-2)
+    assert np.sum(exact**2) < 1e-9 * regression.energy
 
 
 def test_sums_add_and_map() -> None:
@@ -83,18 +108,15 @@ def test_sums_add_and_map() -> None:
     assert_same(both, accumulated([rows(4, 60), rows(5, 40)]), 1e-12)
     matrix = np.random.default_rng(1).normal(size=(7, 4))
     features, output, residual = rows(4, 60)
-    assert_same(
-        accumulated([rows(4, 60)]).map(matrix),
-        accumulated([(features @ torch.from_numpy(matrix), output, residual)]),
-        1e-12,
-    )
+    mapped = accumulated([(features @ torch.from_numpy(matrix), output, residual)])
+    assert_same(accumulated([rows(4, 60)]).map(matrix), mapped, 1e-12)
     kept = np.array([5, 1])
     assert_same(accumulated([rows(4, 60)]).map(kept), accumulated([(features[:, kept], output, residual)]), 1e-12)
 
 
 def test_nothing_seen_is_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
-        RegressionAccumulator().result()
+        RegressionAccumulator(np.zeros((8, 3))).result()
     with pytest.raises(ValueError, match="no rows"):
         HeadGramAccumulator().result()
 
