@@ -55,12 +55,12 @@ def certify_front(session: Session, scorer: Scorer, candidates: Sequence[Candida
     assert session.splits is not None
     data = _samples(session, scorer, max(c.latency_s for c in candidates))
     ordered = sorted(candidates, key=lambda c: (c.damage, c.latency_s))
-    worthy = [c for c in ordered if _worthy(session, scorer, c, len(data))]
+    ledger, key = Ledger(session.cache / "ledger"), session.splits.certify.content_hash()
+    foreseen = ledger.foresee(key, _subject(ordered), CONFIDENCE).confidence
+    worthy = [c for c in ordered if _worthy(session, scorer, c, _items(data), foreseen)]
     if not worthy:
         return []
-    ledger = Ledger(session.cache / "ledger")
-    subject = "+".join(c.variant.graph.fingerprint()[:16] for c in worthy)
-    opening = ledger.open(session.splits.certify.content_hash(), subject, CONFIDENCE)
+    opening = ledger.open(key, _subject(worthy), CONFIDENCE)
     session.notes += [opening.sentence] if opening.ordinal > 1 else []
     original = outputs_of(session.graph, data, scorer.crop)
     verdicts = []
@@ -84,10 +84,18 @@ def _samples(session: Session, scorer: Scorer, latency_s: float) -> Dataset:
     return spread(data, room, session.options.seed)
 
 
-def _worthy(session: Session, scorer: Scorer, candidate: Candidate, n: int) -> bool:
-    forecast = foresee(
-        scorer.paired(candidate.variant.graph), n, session.options.max_drop, CONFIDENCE, scorer.data.group
-    )
+def _subject(candidates: Sequence[Candidate]) -> str:
+    return "+".join(candidate.variant.graph.fingerprint()[:16] for candidate in candidates)
+
+
+def _items(data: Dataset) -> int:
+    """Samples of one document count as one item."""
+    return len(data) if data.group is None else len(np.unique(data.group))
+
+
+def _worthy(session: Session, scorer: Scorer, candidate: Candidate, n: int, confidence: float) -> bool:
+    paired = scorer.paired(candidate.variant.graph)
+    forecast = foresee(paired, n, session.options.max_drop, confidence, scorer.data.group)
     if not forecast.worth_opening:
         session.notes.append(f"{candidate.variant.name}: {forecast.sentence}")
     return forecast.worth_opening

@@ -16,6 +16,8 @@ from rewriter.search.session import ONNXRUNTIME, ONNXRUNTIME_INT8, TVM, Session
 from rewriter.search.variant import Variant
 
 ORIGINAL = "original"
+# Two processes of one artifact differ by about this much by chance (layout of memory), whatever the interval says.
+MARGIN = 0.02
 RIVAL, RIVAL_INT8 = "onnxruntime", "onnxruntime_int8"
 
 
@@ -55,7 +57,7 @@ class Finals:
     def faster(self, name: str, against: str = ORIGINAL) -> bool:
         """Whether a variant certainly beats another: a tie, a doubt or a missing time is a no."""
         ratio = self.entry_ratio(self.entry(name), self.entry(against))
-        return ratio is not None and decide(ratio) is Decision.FASTER
+        return ratio is not None and decide(ratio, MARGIN) is Decision.FASTER
 
     def subject(self, name: str) -> Subject:
         """What stands for a measured variant; KeyError for one that was not."""
