@@ -65,11 +65,15 @@ class Lowering:
     def _emit(self, node: Node, table: Mapping[str, Callable[[Lowering, Node], Any]]) -> None:
         if node.key not in table:
             raise UnsupportedOperator(ENGINE, node.key, node.name)
-        found = table[node.key](self, node)
-        results = found if isinstance(found, (list, tuple)) else [found]
-        for output, result in zip(node.outputs, results, strict=False):
-            if output:
-                self.env[output] = self.builder.normalize(self.builder.emit(result))
+        try:
+            found = table[node.key](self, node)
+            results = found if isinstance(found, (list, tuple)) else [found]
+            for output, result in zip(node.outputs, results, strict=False):
+                if output:
+                    self.env[output] = self.builder.emit(result)
+        except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
+            # What Relax refuses (a dtype, a rank) is for the caller a node that this engine cannot run.
+            raise self.unsupported(node, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
     def _variable(self, name: str) -> Expression:
         value = self.program.values[name]
@@ -88,7 +92,7 @@ class Lowering:
     def array(self, array: NDArray[Any]) -> Expression:
         """A constant: written into the code when tiny, otherwise handed in at run time."""
         if array.size <= INLINE_ELEMENTS:
-            return relax.const(array)
+            return relax.const(array, str(array.dtype))  # untold, it makes int32 of whole scalars
         key = self.parameters.add(array)
         if key not in self.used:
             self.used[key] = relax.Var(f"p{len(self.used)}", relax.TensorType(array.shape, str(array.dtype)))

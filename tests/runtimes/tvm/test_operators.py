@@ -35,6 +35,7 @@ CONSTANTS: dict[str, np.ndarray] = {
     "b": numbers(5, seed=8),
     "gain": numbers(8, seed=9),
     "kernel": numbers(6, 2, 3, 3, seed=10),
+    "four": numbers(4, seed=13),
     "two": np.float32(2.0), "half": np.float32(0.5), "low": np.float32(-0.3), "high": np.float32(0.4),
     "last": np.array([-1], np.int64), "first": np.array([0], np.int64), "one": np.array([1], np.int64),
     "middle": np.array([1], np.int64), "end": np.array([-10], np.int64), "step": np.array([-2], np.int64),
@@ -81,7 +82,8 @@ REDUCTIONS: list[Case] = [
     ("ArgMin", ("x",), {"axis": 1, "keepdims": 0}), ("Softmax", ("x",), {}), ("Softmax", ("x",), {"axis": 1}),
     ("LogSoftmax", ("x",), {}), ("LayerNormalization", ("x", "gain", "row"), {}),
     ("LayerNormalization", ("x", "gain"), {"epsilon": 1e-3}),
-    ("MatMul", ("x", "w"), {}), ("MatMul", ("x", "yt"), {}), ("Gemm", ("x2", "w", "b"), {}),
+    ("MatMul", ("x", "w"), {}), ("MatMul", ("x", "yt"), {}), ("Einsum", ("x", "y"), {"equation": "bij,bkj->bik"}),
+    ("InstanceNormalization", ("image", "four", "four"), {}), ("Add", ("i", "scalar"), {}), ("CumSum", ("j", "scalar"), {}), ("Gemm", ("x2", "w", "b"), {}),
     ("Gemm", ("x2", "wt", "b"), {"transB": 1}), ("Gemm", ("x2", "wt", "b"), {"transB": 1, "alpha": 0.5, "beta": 2.0}),
     ("Conv", ("image", "kernel"), {"group": 2, "pads": [1, 1, 1, 1], "strides": [2, 2]}),
 ]  # fmt: skip

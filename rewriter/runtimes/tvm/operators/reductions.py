@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
 from rewriter.runtimes.tvm.kernels.matmul import MatMul, make_matmul
@@ -135,6 +136,26 @@ def _matmul(lowering: Lowering, node: Node) -> Any:
     tile = lowering.tiles.matmul(spec)
     kernel = lowering.kernels.get("matmul", (spec, tile), lambda unique: make_matmul(spec, tile, unique))
     return lowering.call(kernel, [lowering.value(left), lowering.value(right)], ((*a[:-1], b[-1]), "float32"))
+
+
+@lowers("Einsum")
+def _einsum(lowering: Lowering, node: Node) -> Any:
+    subscripts = str(node.attributes["equation"]).replace(" ", "")
+    return op.einsum([lowering.value(name) for name in node.inputs], subscripts)
+
+
+@lowers("InstanceNormalization")
+def _instance_norm(lowering: Lowering, node: Node) -> Any:
+    """Each channel of each sample by its own mean and variance: a layer norm over what follows the channels."""
+    shape = lowering.shape(node.inputs[0])
+    rows, count = (*shape[:2], 1), shape[2]
+    for size in shape[3:]:
+        count *= size
+    x = op.reshape(lowering.value(node.inputs[0]), (*shape[:2], count))
+    ones, zeros = (lowering.array(np.full(count, value, np.float32)) for value in (1.0, 0.0))
+    centred = op.nn.layer_norm(x, ones, zeros, [-1], float(node.attributes.get("epsilon", 1e-5)))
+    gain, bias = (op.reshape(lowering.value(name), (1, *rows[1:])) for name in node.inputs[1:3])
+    return op.reshape(op.add(op.multiply(centred, gain), bias), shape)
 
 
 @lowers("Gemm")
