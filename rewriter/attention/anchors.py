@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.trace import SHAPES, Trace, inputs_of, label, outputs_of
+from rewriter.attention.trace import SHAPES, Trace, close, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refused
 
 AFTER_SOFTMAX = frozenset(
@@ -83,9 +84,38 @@ class Anchor:
     reader: Reader
 
 
-def softmax_anchor(trace: Trace, node: ir.Node) -> Anchor | None:
+def softmax_values(trace: Trace, node: ir.Node) -> tuple[str, str] | None:
+    """(scores, probabilities) of a Softmax node, or of a quotient Exp / ReduceSum that is one; None for other nodes.
+
+    A maximum subtracted from the scores changes nothing and is skipped.
+    """
+    probabilities = outputs_of(node)[0] if outputs_of(node) else ""
+    if node.op_type == "Softmax" and not node.domain:
+        return _without_maximum(trace, inputs_of(node)[0]), probabilities
+    if node.op_type != "Div":
+        return None
+    top, bottom = (trace.producer.get(name) for name in inputs_of(node))
+    if top is None or bottom is None or (top.op_type, bottom.op_type) != ("Exp", "ReduceSum"):
+        return None
+    if inputs_of(bottom)[0] != outputs_of(top)[0] or len(trace.shape(probabilities)) < 3:
+        return None
+    if not close(trace.value(probabilities).sum(-1), np.ones(trace.shape(probabilities)[:-1])):
+        return None
+    return _without_maximum(trace, inputs_of(top)[0]), probabilities
+
+
+def _without_maximum(trace: Trace, scores: str) -> str:
+    node = trace.producer.get(scores)
+    if node is None or node.op_type != "Sub":
+        return scores
+    before, maximum = inputs_of(node)
+    behind = trace.producer.get(maximum)
+    own = behind is not None and behind.op_type == "ReduceMax" and inputs_of(behind)[0] == before
+    return before if own and trace.shape(maximum)[-1:] == (1,) else scores
+
+
+def softmax_anchor(trace: Trace, node: ir.Node, scores: str, probabilities: str) -> Anchor | None:
     """The anchor at a softmax; None if it is no attention, `Refused` if it looks like one but is not understood."""
-    scores, probabilities = inputs_of(node)[0], outputs_of(node)[0]
     rank = len(trace.shape(scores))
     if rank < 3:
         return None
@@ -100,7 +130,8 @@ def softmax_anchor(trace: Trace, node: ir.Node) -> Anchor | None:
     if mixed or mixers:
         nodes = tuple(label(n) for n in (*mixed, *mixers))
         raise Refused("head-mixing", "a linear map mixes heads between scores and values", nodes)
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else (-1 if trace.graph.opset >= 13 else 1)
+    default = -1 if trace.graph.opset >= 13 or node.op_type != "Softmax" else 1
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
     if axis % rank != rank - 1:
         raise Refused("softmax-axis", f"softmax over axis {axis} of {rank}", (label(node),))
     if len(readers) != 1:

@@ -31,6 +31,11 @@ class Builder:
         self._values: dict[str, ir.Value] = {}
         self._count = 0
 
+    @property
+    def lowest(self) -> float:
+        """The most negative finite number of the dtype that constants are rounded to."""
+        return -65504.0 if self.dtype == np.float16 else float(np.finfo(np.float32).min)
+
     def name(self, hint: str) -> str:
         """A fresh name under the prefix."""
         self._count += 1

@@ -140,6 +140,11 @@ def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: st
     if bias.kind == "causal":
         return _causal(b, site, query, key)
     name = bias.value
+    if bias.kind == "fill":
+        # so low that adding it replaces the score, whatever the graph's own number is
+        low = b.constant(np.array(-np.inf if bias.infinite else b.lowest))
+        pair = (low, b.constant(np.zeros(()))) if bias.filled_by else (b.constant(np.zeros(())), low)
+        name = b.op("Where", name, *pair)
     if bias.kind == "path":
         zero = _zeros(b, site, query, key)
         renamed = {bias.value: zero}

@@ -48,13 +48,13 @@ class Operand:
 class Product:
     """A product of two activations: left (lead..., rows, inner) times right (lead..., inner, columns).
 
-    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` is (lead, rows, columns).
+    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` as (lead, rows, columns).
     """
 
     node: ir.Node
     left: Operand
     right: Operand
-    result: str
+    result: Operand
 
 
 def matrix_product(trace: Trace, node: ir.Node) -> Product:
@@ -71,7 +71,8 @@ def matrix_product(trace: Trace, node: ir.Node) -> Product:
     if a != b:
         raise Refused("product-form", f"operands of rank {a} and {b}")
     straight, swapped = tuple(range(pad)), (*range(pad - 2), pad - 1, pad - 2)
-    return Product(node, Operand(left, straight, lead), Operand(right, swapped, lead), result)
+    product = Operand(result, straight, lead)
+    return Product(node, Operand(left, straight, lead), Operand(right, swapped, lead), product)
 
 
 def _einsum_product(trace: Trace, node: ir.Node) -> Product:
@@ -90,13 +91,11 @@ def _einsum_product(trace: Trace, node: ir.Node) -> Product:
     names, shapes = inputs_of(node), [trace.shape(name) for name in inputs_of(node)]
     sizes = dict(zip(left + right, (*shapes[0], *shapes[1]), strict=True))
     lead = tuple(sizes[c] for c in shared)
-    if result != "".join([*shared, *rows, *columns]):
-        raise Refused("product-form", f"einsum {equation} with its result permuted")
     return Product(
         node,
         Operand(names[0], tuple(left.index(c) for c in [*shared, *rows, *inner]), lead),
         Operand(names[1], tuple(right.index(c) for c in [*shared, *columns, *inner]), lead),
-        outputs_of(node)[0],
+        Operand(outputs_of(node)[0], tuple(result.index(c) for c in [*shared, *rows, *columns]), lead),
     )
 
 

@@ -75,10 +75,13 @@ def tidy(value: float) -> float:
 
 def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) -> ScoreBias:
     """The additive part `zero` as a reference: a value that is added, or the graph's own path from zeros."""
-    if zero.ndim > 4:
-        raise Refused("score-rank", f"scores with {zero.ndim} axes")
     if not zero.any():
         return ScoreBias()
+    if zero.ndim > 4:
+        raise Refused("score-rank", f"something is added to scores with {zero.ndim} axes")
+    filled = _filled(trace, product, scores) if zero.ndim == 4 else None
+    if filled:
+        return filled
     folded = zero.ndim == 3
     added = _added_value(trace, product, scores)
     if added:
@@ -102,6 +105,30 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
         folded=folded,
         product_rank=len(trace.shape(product)),
     )
+
+
+def _filled(trace: Trace, product: str, scores: str) -> ScoreBias | None:
+    """Where the scores are the content alone, or one low number by a condition that does not depend on the content."""
+    node = trace.producer[scores]
+    names = inputs_of(node)
+    inside = {product}.union(*(outputs_of(step) for step in trace.between(product, scores) or []))
+    if node.op_type != "Where" or names[0] in inside:
+        return None
+    for kept, fill, filled_by in ((names[1], names[2], False), (names[2], names[1], True)):
+        if kept not in inside or fill not in trace.fixed or len(np.unique(trace.value(fill))) != 1:
+            continue
+        content = trace.probe(product, kept, [np.zeros(trace.shape(product))])
+        if content is None or content[0].any() or trace.shape(kept) != trace.shape(scores):
+            continue
+        if trace.value(fill).flat[0] <= -MASKED:
+            shape = trace.shape(names[0])
+            axis = shape[-3] if len(shape) > 2 else 1
+            return ScoreBias("fill", names[0], heads_axis=axis, filled_by=filled_by, infinite=_infinite(trace, fill))
+    return None
+
+
+def _infinite(trace: Trace, name: str) -> bool:
+    return bool(np.isinf(trace.value(name)).all())
 
 
 def _try_probe(trace: Trace, source: str, target: str, replacement: Array) -> Array | None:

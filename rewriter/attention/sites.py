@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.anchors import Anchor, read_elsewhere, softmax_anchor
+from rewriter.attention.anchors import Anchor, read_elsewhere, softmax_anchor, softmax_values
 from rewriter.attention.fused import fused_bias, fused_operands, grouped, is_fused, number
 from rewriter.attention.linears import comes_from_inputs
 from rewriter.attention.masks import classify
@@ -40,8 +40,9 @@ class Core:
 
 
 def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
-    """The site around one Softmax; None if it is no attention; raises `Refused` if it is not understood."""
-    anchor = softmax_anchor(trace, node)
+    """The site around one softmax; None if it is no attention; raises `Refused` if it is not understood."""
+    values_of = softmax_values(trace, node)
+    anchor = softmax_anchor(trace, node, *values_of) if values_of else None
     if anchor is None:
         return None
     product, function = _content(trace, anchor)
@@ -49,16 +50,14 @@ def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
     query = product.left
     value_axes = (*values.right.axes[:-2], values.right.axes[-1], values.right.axes[-2])
     value = Operand(values.right.name, value_axes, values.right.lead)
-    lead = values.right.lead
-    context = Operand(values.result, tuple(range(len(trace.shape(values.result)))), lead)
     raised = _operands(trace, query, product.right, value)
     heads = len(raised[0].projection.head_of)
-    bias = read_bias(trace, product.result, anchor.scores, heads, function.offset)
+    bias = read_bias(trace, product.result.name, anchor.scores, heads, function.offset)
     core = Core(
         query,
         product.right,
         value,
-        context,
+        values.result,
         function.slope,
         function.softcap,
         bias,
@@ -66,7 +65,7 @@ def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
         _empty_rows(trace, anchor),
         anchor.probabilities,
         (product.node, node, values.node),
-        (product.result, anchor.probabilities, values.result),
+        (product.result.name, anchor.probabilities, values.result.name),
     )
     return assemble(trace, core, raised)
 
@@ -84,7 +83,10 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
         raise Refused("several-content-terms", "more than one product could be queries times keys", nodes)
     if not found:
         raise why
-    return matrix_product(trace, found[0][0]), found[0][1]
+    product = matrix_product(trace, found[0][0])
+    if product.result.axes != tuple(range(len(product.result.axes))):
+        raise Refused("product-form", "the product of queries and keys is permuted", (label(product.node),))
+    return product, found[0][1]
 
 
 def _values_product(trace: Trace, anchor: Anchor) -> Product:
@@ -237,6 +239,4 @@ def raise_fused(trace: Trace, node: ir.Node) -> AttentionSite:
 
 def raise_anchor(trace: Trace, node: ir.Node) -> AttentionSite | None:
     """The site whose anchor is this node; None for nodes that are none; raises `Refused` if it is not understood."""
-    if node.op_type == "Softmax" and not node.domain:
-        return raise_softmax(trace, node)
-    return raise_fused(trace, node) if is_fused(node) else None
+    return raise_fused(trace, node) if is_fused(node) else raise_softmax(trace, node)

@@ -125,20 +125,23 @@ class ScoreBias:
     """What is added to the scaled scores: a reference into the graph, never a copy of its content.
 
     `kind`: ``none``; ``value`` (`value` is added); ``bool`` (`value` is True where attending is allowed); ``causal``
-    (query i sees keys up to i, counted from the left of both); ``path`` (the
+    (query i sees keys up to i, counted from the left of both); ``fill`` (scores are replaced by one low number, or by
+    minus infinity if `infinite`, where `value` equals `filled_by`); ``path`` (the
     graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
     heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from.
     """
 
-    kind: Literal["none", "value", "bool", "causal", "path"] = "none"
+    kind: Literal["none", "value", "bool", "causal", "fill", "path"] = "none"
     value: str = ""
     path_end: str = ""
     full_shape: bool = False
     heads_axis: int = 1
     folded: bool = False
     product_rank: int = 4
+    filled_by: bool = True
+    infinite: bool = False
     keep: tuple[int, ...] | None = None
 
     def keep_heads(self, query_heads: tuple[int, ...]) -> ScoreBias:
