@@ -30,6 +30,7 @@ class Check:
     trace: Trace
     sites: Mapping[str, Site]
     shaken: bool
+    hostile: bool
 
 
 def exact(site: Site) -> Site:
@@ -134,6 +135,9 @@ def _judge(site: Site, checks: Sequence[Check]) -> Site:
         if own is None:
             return _demoted(site, Refusal("unstable", "with other weights the site is not recognised", site.nodes))
         problem = local_problem(check.trace, own, effect=number > 0 and check.shaken)
+        if problem and problem.code == "identity" and check.hostile:
+            why = f"only with holes, left padding or fully masked rows: {problem.why}"
+            problem = Refusal("identity-under-masks", why, problem.nodes)
         if problem:
             return _demoted(site, problem)
     return replace(site, state=State.LOWERABLE)

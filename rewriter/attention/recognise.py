@@ -52,10 +52,10 @@ def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, s
     ids = {result: site.id for result, site in sites.items()}
     with_noise = {result: replace(site, id=ids.get(result, site.id)) for result, site in with_noise.items()}
     checks = [
-        Check(first, sites, False),
-        Check(second, sites, False),
-        Check(noisy, with_noise, True),
-        Check(noisy_second, with_noise, True),
+        Check(first, sites, shaken=False, hostile=False),
+        Check(noisy, with_noise, shaken=True, hostile=False),
+        Check(second, sites, shaken=False, hostile=True),
+        Check(noisy_second, with_noise, shaken=True, hostile=True),
     ]
     return _recognition(promote(graph, found, checks, runs[2]), unrecognised)
 
