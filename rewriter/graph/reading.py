@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -80,41 +82,56 @@ def _convert(proto: onnx.ModelProto, file: Path) -> ir.Model:
     if model.functions:
         common.InlinePass()(model)
         common.RemoveUnusedFunctionsPass()(model)
+    weights = _Weights(file)
     for graph in model.graphs():
         _sort(graph, file)
-        _settle(graph, file)
+        weights.settle(graph)
     return model
 
 
-def _settle(graph: ir.Graph, file: Path) -> None:
-    """Weights where they stay: arrays instead of wrapped messages (which copy their bytes at every look), external
-    ones mapped from where their file really lies. Tensors in attributes come into memory.
+class _Weights:
+    """Weights where they stay: arrays instead of wrapped messages, which copy their bytes at every look, and views of
+    one mapping per external file, which outlive the file's name.
     """
-    for value in graph.initializers.values():
-        if value.const_value is not None:
-            value.const_value = _settled(value.const_value, file)
-    for node in graph:
-        for name, attribute in list(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                tensor = _settled(attribute.as_tensor(), file)
-                node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy(), dtype=tensor.dtype))
 
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._mapped: dict[Path, np.memmap] = {}
 
-def _settled(tensor: ir.TensorProtocol, file: Path) -> ir.TensorProtocol:
-    if isinstance(tensor, ir.ExternalTensor):
-        real = external_file(file, str(tensor.location), tensor.name or "").resolve()
-        return ir.ExternalTensor(
-            real.name,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=ir.Shape(list(tensor.shape)),
-            name=tensor.name or "",
-            base_dir=real.parent,
-        )
-    if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype.bitwidth >= 8:
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
-    return tensor
+    def settle(self, graph: ir.Graph) -> None:
+        """Replace the tensors of a graph, in attributes too."""
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = self._settled(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, self._settled(attribute.as_tensor()))
+
+    def _settled(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if isinstance(tensor, ir.ExternalTensor):
+            return self._external(tensor)
+        if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype.bitwidth >= 8:
+            return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        return tensor
+
+    def _external(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        real = external_file(self.file, str(tensor.location), tensor.name or "").resolve()
+        shape = [int(size) for size in tensor.shape.numpy()]
+        if tensor.dtype.bitwidth < 8:  # packed: the library unpacks it
+            name, base = tensor.name or "", real.parent
+            return ir.ExternalTensor(
+                real.name, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(shape), name=name, base_dir=base
+            )
+        dtype, count = tensor.dtype.numpy(), math.prod(shape)
+        if count == 0:
+            return ir.Tensor(np.zeros(shape, dtype), dtype=tensor.dtype, name=tensor.name)
+        if real not in self._mapped:
+            self._mapped[real] = np.memmap(real, dtype=np.uint8, mode="r")
+        array = np.frombuffer(self._mapped[real], dtype, count, tensor.offset or 0).reshape(shape)
+        if not array.flags.aligned:
+            array = array.copy()
+        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
 
 
 def _sort(graph: ir.Graph, file: Path) -> None:

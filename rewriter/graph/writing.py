@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from rewriter.core.errors import ModelError, OutputError
+from rewriter.graph.fingerprint import fingerprint_model
 from rewriter.graph.quiet import quiet_onnx_ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -57,13 +58,18 @@ def _embedded(model: ir.Model) -> ir.Model:
 
 
 def _write_external(model: ir.Model, path: Path) -> Path:
+    old = sorted(path.parent.glob(f"{path.name}*.data"))
+    # The model file is replaced last, so it must never point to data that is newer than itself: another name then.
+    data_name = f"{path.name}.{fingerprint_model(model)[:12]}.data" if old else f"{path.name}.data"
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        data_name = f"{path.name}.data"
         ir.save(model, Path(folder) / path.name, external_data=data_name)
         if _standard_only(model):
             _checked(lambda: onnx.checker.check_model(str(Path(folder) / path.name)))
         (Path(folder) / data_name).replace(path.parent / data_name)
         (Path(folder) / path.name).replace(path)
+    for stale in old:
+        if stale.name != data_name:
+            stale.unlink()
     return path
 
 

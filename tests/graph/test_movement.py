@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rewriter.core.errors import ModelError, UnsupportedOperator
 from tests.graph.harness import compare, i64, numbers, one_node, ours, whole
@@ -84,6 +86,22 @@ def test_split_variants() -> None:
 )
 def test_slice_by_inputs(starts: Any, ends: Any, axes: Any, steps: Any) -> None:
     compare("Slice", [numbers(4, 6), i64(*starts), i64(*ends), i64(*axes), i64(*steps)], opset=13)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 6),
+    st.integers(-9, 9),
+    st.one_of(st.integers(-9, 9), st.just(2**63 - 1), st.just(-(2**63))),
+    st.integers(-3, 3).filter(bool),
+)
+def test_slice_of_one_axis_is_numpys(size: int, start: int, end: int, step: int) -> None:
+    x = numbers(2, size)
+    inputs = [x, i64(start), i64(end), i64(1), i64(step)]
+    found = ours(one_node("Slice", inputs, 13), {f"x{i}": array for i, array in enumerate(inputs)})
+    # An end below -size means "before the first" going backwards, where numpy wants None.
+    stop = None if step < 0 and end < -size else end
+    np.testing.assert_array_equal(found[0], x[:, slice(start, stop, step)])
 
 
 def test_slice_by_attributes() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import TensorProto, helper
 
 from rewriter.core.errors import ModelError, UserError
 from rewriter.graph.canonical import canonical
@@ -127,11 +127,35 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 def test_external_data_stays_mapped(tmp_path: Path) -> None:
     graph = load(external(tmp_path))
-    tensor = graph.value("w").const_value
-    assert isinstance(tensor, ir.ExternalTensor)
-    np.testing.assert_array_equal(graph.constant("w"), [1, 2, 3])
+    weight = graph.constant("w")
+    assert weight is not None
+    owner: object = weight
+    while not isinstance(owner, mmap.mmap):
+        assert not (isinstance(owner, np.ndarray) and owner.flags.owndata)
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    (tmp_path / "weights.bin").unlink()
+    np.testing.assert_array_equal(weight, [1, 2, 3])
     found = Interpreter(graph).run({"x": np.ones((1, 3), np.float32)})
     assert found["y"].tolist() == [[2.0, 4.0, 7.0]]
+
+
+def test_external_data_at_odd_places_and_of_four_bits(tmp_path: Path) -> None:
+    proto = proto_of()
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    packed = proto.graph.initializer.add(name="few", data_type=TensorProto.INT4, dims=[3])
+    packed.data_location = TensorProto.EXTERNAL
+    for target, offset, length in ((tensor, 1, 12), (packed, 13, 2)):
+        for key, value in (("location", "weights.bin"), ("offset", offset), ("length", length)):
+            target.external_data.add(key=key, value=str(value))
+    content = b"\0" + np.array([1, 2, 3], np.float32).tobytes() + bytes([0x21, 0x0F])
+    (tmp_path / "weights.bin").write_bytes(content)
+    graph = load(written(tmp_path, proto))
+    np.testing.assert_array_equal(graph.constant("w"), [1, 2, 3])
+    few = graph.constant("few")
+    assert few is not None
+    assert few.astype(int).tolist() == [1, 2, -1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from rewriter.core.errors import ModelError, OutputError
-from rewriter.graph.onnx import load
+from rewriter.graph.onnx import OnnxGraph, load
 from tests.graph.files import external, proto_of, written
 from tests.graph.harness import numbers
 
@@ -35,18 +35,35 @@ def test_save_carries_external_weights_along(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load(saved).constant("w"), [1, 2, 3])
 
 
-def test_large_weights_go_beside_the_file(tmp_path: Path) -> None:
-    weight = numbers(64, 64)
+def large(folder: Path, weight: np.ndarray) -> OnnxGraph:
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 64]) for name in "xy"]
     inner = helper.make_graph([node], "g", infos[:1], infos[1:], [numpy_helper.from_array(weight, "w")])
-    graph = load(written(tmp_path, helper.make_model(inner, ir_version=8)))
+    return load(written(folder, helper.make_model(inner, ir_version=8)))
+
+
+def test_large_weights_go_beside_the_file(tmp_path: Path) -> None:
+    weight = numbers(64, 64)
+    graph = large(tmp_path, weight)
     saved = graph.save(tmp_path / "out" / "model.onnx", external_above_bytes=1000)
     assert sorted(path.name for path in saved.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert saved.stat().st_size < 1000
     again = load(saved)
     np.testing.assert_array_equal(again.constant("w"), weight)
     assert again.fingerprint() == graph.fingerprint()
+
+
+def test_large_weights_written_over_others_never_mix_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "model.onnx"
+    large(tmp_path, numbers(64, 64)).save(path, external_above_bytes=1000)
+    before = load(path)
+    after = large(tmp_path, numbers(64, 64, seed=1))
+    after.save(path, external_above_bytes=1000)
+    assert len(list(path.parent.iterdir())) == 2
+    np.testing.assert_array_equal(load(path).constant("w"), numbers(64, 64, seed=1))
+    np.testing.assert_array_equal(before.constant("w"), numbers(64, 64))  # still mapped
+    load(path).save(path, external_above_bytes=1000)
+    assert load(path).fingerprint() == after.fingerprint()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
