@@ -191,23 +191,34 @@ def draw(
         if example is None:
             feeds[spec.name] = _fill(spec, shape, known, rng, hostile)
         else:
-            feeds[spec.name] = _cut(np.asarray(example[spec.name]), shape, spec.name in known.masks, hostile)
+            feeds[spec.name] = _cut(spec, np.asarray(example[spec.name]), shape, known, hostile)
     return feeds
 
 
 def _fill(spec: TensorSpec, shape: tuple[int, ...], known: Roles, rng: np.random.Generator, hostile: bool) -> Array:
     if spec.name in known.masks:
-        return pad_mask(shape, hostile).astype(spec.dtype)
+        return _mask(spec, shape, hostile)
     if spec.name in known.limits:
         limit = known.limits[spec.name]
         return rng.integers(min(3, limit - 1), limit, shape).astype(spec.dtype)
     return rng.standard_normal(shape).astype(spec.dtype)
 
 
-def _cut(array: Array, shape: tuple[int, ...], mask: bool, hostile: bool) -> Array:
+def _cut(spec: TensorSpec, array: Array, shape: tuple[int, ...], known: Roles, hostile: bool) -> Array:
     for axis, size in enumerate(shape):
         array = np.take(array, np.arange(size) % array.shape[axis], axis=axis)
-    return np.where(pad_mask(shape, hostile) == 1, array, 0).astype(array.dtype) if mask else array
+    if spec.name not in known.masks:
+        return array
+    drawn = _mask(spec, shape, hostile)
+    return drawn if drawn.dtype == np.bool_ else np.where(drawn == 1, array, 0).astype(array.dtype)
+
+
+def _mask(spec: TensorSpec, shape: tuple[int, ...], hostile: bool) -> Array:
+    """A mask input. Nobody says whether True means to attend, so every second item of a boolean one is inverted."""
+    mask = pad_mask(shape, hostile).astype(spec.dtype)
+    if mask.dtype == np.bool_ and mask.ndim > 1:
+        mask[1::2] = ~mask[1::2]
+    return mask
 
 
 def pad_mask(shape: tuple[int, ...], hostile: bool) -> Array:

@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewriter.attention.recognise import recognise
@@ -67,7 +66,7 @@ class Spelled(nn.Module):
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     def rotated(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         angles = torch.arange(q.shape[1])[:, None] * torch.tensor([1.0, 0.1, 0.01])
