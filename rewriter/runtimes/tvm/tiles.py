@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from rewriter.core.target import Target
-from rewriter.runtimes.tvm.kernels.flash import Attention
-from rewriter.runtimes.tvm.kernels.flash import Tile as FlashTile
+from rewriter.runtimes.tvm.kernels.attention import Attention
+from rewriter.runtimes.tvm.kernels.attention import Tile as FlashTile
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
 from rewriter.runtimes.tvm.kernels.matmul import MatMul
 

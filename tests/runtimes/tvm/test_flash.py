@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from rewriter.runtimes.tvm.kernels.flash import Attention, Bias, Operand, Tile, make_flash
+from rewriter.runtimes.tvm.kernels.attention import Attention, Bias, Operand, Tile
+from rewriter.runtimes.tvm.kernels.flash import make_flash
 from tests.runtimes.tvm.harness import numbers, run_kernel
 
 LOWEST = float(np.finfo(np.float32).min)

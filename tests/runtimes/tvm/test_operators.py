@@ -83,7 +83,8 @@ REDUCTIONS: list[Case] = [
     ("LogSoftmax", ("x",), {}), ("LayerNormalization", ("x", "gain", "row"), {}),
     ("LayerNormalization", ("x", "gain"), {"epsilon": 1e-3}),
     ("MatMul", ("x", "w"), {}), ("MatMul", ("x", "yt"), {}), ("Einsum", ("x", "y"), {"equation": "bij,bkj->bik"}),
-    ("InstanceNormalization", ("image", "four", "four"), {}), ("Add", ("i", "scalar"), {}), ("CumSum", ("j", "scalar"), {}), ("Gemm", ("x2", "w", "b"), {}),
+    ("InstanceNormalization", ("image", "four", "four"), {}), ("Add", ("i", "scalar"), {}),
+    ("CumSum", ("j", "scalar"), {}), ("Gemm", ("x2", "w", "b"), {}),
     ("Gemm", ("x2", "wt", "b"), {"transB": 1}), ("Gemm", ("x2", "wt", "b"), {"transB": 1, "alpha": 0.5, "beta": 2.0}),
     ("Conv", ("image", "kernel"), {"group": 2, "pads": [1, 1, 1, 1], "strides": [2, 2]}),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rewriter.runtimes.tvm.kernels import flash, gemm
+from rewriter.runtimes.tvm.kernels import attention, flash, gemm
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
 from rewriter.runtimes.tvm.operators.elementwise import mapped_call
 from rewriter.runtimes.tvm.operators.reductions import norm_call
@@ -60,7 +60,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
             operands[role] = replace(operand, batch=0)
     tokens = {role: operand.shape[-2] for role, operand in operands.items()}
     bias, value = _bias(lowering, node)
-    spec = flash.Attention(
+    spec = attention.Attention(
         batch, tokens["query"], tokens["key"], operands["query"], operands["key"], operands["value"],
         *_head_maps(node),
         float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias,
@@ -77,19 +77,19 @@ def _head_maps(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
     return query, key, value
 
 
-def _operand(lowering: Lowering, node: Node, index: int, role: str) -> flash.Operand:
+def _operand(lowering: Lowering, node: Node, index: int, role: str) -> attention.Operand:
     name, heads = node.inputs[index], int(node.attributes[f"{role}_heads"])
     if not is_float32(lowering, name):
         raise lowering.unsupported(node, f"{role} of dtype {lowering.dtype(name)}")
     shape, window = lowering.shape(name), node.attributes.get(f"{role}_window")
     if window is None:
-        return flash.Operand.of(shape, heads)
+        return attention.Operand.of(shape, heads)
     offset, width = integers(window)
     _, tokens, whole = shape
-    return flash.Operand(shape, heads, width // heads, tokens * whole, whole, width // heads, offset)
+    return attention.Operand(shape, heads, width // heads, tokens * whole, whole, width // heads, offset)
 
 
-def _bias(lowering: Lowering, node: Node) -> tuple[flash.Bias | None, Any]:
+def _bias(lowering: Lowering, node: Node) -> tuple[attention.Bias | None, Any]:
     name, kind = node.input(3), str(node.attributes.get("bias_kind", "none"))
     if not name or kind == "none":
         return None, None
@@ -100,10 +100,10 @@ def _bias(lowering: Lowering, node: Node) -> tuple[flash.Bias | None, Any]:
     if kind == "bool":
         if lowering.program.dtype(name) != np.bool_:
             value = lowering.builder.emit(op.not_equal(value, relax.const(0, lowering.dtype(name))))
-        return flash.Bias(wide, "bool"), value
+        return attention.Bias(wide, "bool"), value
     if not is_float32(lowering, name):
         value = lowering.builder.emit(op.astype(value, "float32"))
-    return flash.Bias(wide), value
+    return attention.Bias(wide), value
 
 
 @lowers("rewriter:SplitHeads")

@@ -1,0 +1,95 @@
+"""What an attention kernel computes and how it is cut: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm.script.ir_builder import tirx as T  # noqa: N812
+
+from rewriter.runtimes.tvm.kernels.emit import Index
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where head g of batch b, token t, begins in a buffer: offset + b*batch + t*token + g*head elements."""
+
+    shape: tuple[int, ...]
+    heads: int
+    dim: int
+    batch: int
+    token: int
+    head: int
+    offset: int = 0
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], heads: int) -> Operand:
+        """Rank 3 is (B, tokens, heads * dim), rank 4 is (B, heads, tokens, dim)."""
+        if len(shape) == 4:
+            _, groups, tokens, dim = shape
+            return cls(shape, groups, dim, groups * tokens * dim, dim, tokens * dim)
+        _, tokens, width = shape
+        return cls(shape, heads, width // heads, tokens * width, width, width // heads)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Added to (or, as bool, allowing) scores; broadcasts to (B, H, S, T) from `shape` of rank 4."""
+
+    shape: tuple[int, ...]
+    kind: Literal["add", "bool"] = "add"
+
+    @property
+    def dtype(self) -> str:
+        """Of the buffer."""
+        return "float32" if self.kind == "add" else "bool"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one attention computes: B batches, S queries, T keys; heads map to operand heads by `*_head_of`."""
+
+    B: int
+    S: int
+    T: int
+    query: Operand
+    key: Operand
+    value: Operand
+    query_head_of: tuple[int, ...]
+    key_head_of: tuple[int, ...]
+    value_head_of: tuple[int, ...]
+    scale: float
+    softcap: float = 0.0
+    bias: Bias | None = None
+    empty_rows: Literal["nan", "zero"] = "nan"
+    lanes: int = 16
+    threads: int = 1
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return len(self.query_head_of)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` x `vectors` registers; `queries` rows at a time; up to `keys` keys per block."""
+
+    rows: int = 12
+    vectors: int = 2
+    queries: int = 24
+    keys: int = 256
+
+
+def pick(table: tuple[int, ...], head: Index) -> Index:
+    """table[head] as index arithmetic where it is regular, else as a chain of selections."""
+    groups = max(table) + 1
+    repeats = len(table) // groups
+    if table == tuple(range(len(table))):
+        return head
+    if repeats and table == tuple(h // repeats for h in range(len(table))):
+        return T.floordiv(head, repeats)
+    chosen: Index = T.int32(table[-1])
+    for h in range(len(table) - 2, -1, -1):
+        chosen = T.Select(head == h, T.int32(table[h]), chosen)
+    return chosen
