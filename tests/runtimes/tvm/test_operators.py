@@ -123,6 +123,26 @@ def test_operators_agree_with_the_interpreter(cases: list[Case]) -> None:
     assert_same(model, {spec.name: FEEDS[spec.name] for spec in model.inputs}, 2e-5)
 
 
+@pytest.mark.parametrize("kind", ["rank 3 with a mask", "rank 4 causal", "rank 4 grouped, bool"])
+def test_standard_attention(kind: str) -> None:
+    feeds = {name: numbers(2, 6, 24, seed=seed) for seed, name in enumerate("qkv")}
+    attributes: dict[str, Any] = {"q_num_heads": 3, "kv_num_heads": 3, "scale": 0.3}
+    if kind.startswith("rank 3"):
+        feeds["mask"] = numbers(6, 6, seed=7)
+    else:
+        attributes = {"is_causal": int("causal" in kind)}
+        feeds = {name: numbers(2, 4 if name == "q" else 2, 6, 8, seed=3) for name in "qkv"}
+        if "bool" in kind:
+            feeds["mask"] = np.tril(np.ones((6, 6), bool))
+    node = helper.make_node("Attention", list(feeds), ["y"], **attributes)
+    infos = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
+    ]
+    made = helper.make_graph([node], "attention", infos, [helper.make_empty_tensor_value_info("y")])
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    assert_same(OnnxGraph(ir.from_proto(proto)), feeds)
+
+
 def test_rotary_and_head_norm_and_split_heads() -> None:
     x, cos, sin = numbers(2, 3, 5, 12, seed=1), numbers(5, 8, seed=2), numbers(5, 8, seed=3)
     for interleaved in (0, 1):
