@@ -101,6 +101,13 @@ class Builder:
             )
             self._add(made)
 
+    def declare(self, name: str, *sizes: int | None) -> str:
+        """Say what is known of a value's shape, and that it holds the graph's floats: backends ask."""
+        value = self.value(name)
+        value.shape = ir.Shape(sizes)
+        value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self.dtype or np.float32)))
+        return name
+
     def size_of(self, name: str, axis: int) -> str:
         """One axis of a value's shape, as a vector of one number."""
         return self.op("Slice", self.op("Shape", name), self.ints(axis), self.ints(axis + 1))

@@ -50,6 +50,7 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         empty_rows=site.empty_rows,
         **attributes,
     )
+    b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
     _output(b, site)
 
 
@@ -61,7 +62,7 @@ def _output(b: Builder, site: AttentionSite) -> None:
     if output.bias_C is not None:
         inputs.append(b.constant(output.bias_C, "output.bias"))
     last = output.value if output.rank == 3 and not output.time_first else ""
-    result = b.composite("Linear", *inputs, output=last)
+    result = b.declare(b.composite("Linear", *inputs, output=last), None, None, width)
     if output.time_first:
         last = output.value if output.rank == 3 else ""
         result = b.op("Transpose", result, output=last, perm=[1, 0, 2])
@@ -74,9 +75,9 @@ def _output(b: Builder, site: AttentionSite) -> None:
 
 def _operand(b: Builder, projection: Projection, role: str) -> str:
     if projection.opaque:
-        if projection.opaque_transposed:
-            return b.op("Transpose", projection.opaque, output=f"{b.prefix}/{role}", perm=[0, 1, 3, 2])
-        return b.op("Identity", projection.opaque, output=f"{b.prefix}/{role}")
+        kind, order = ("Transpose", {"perm": [0, 1, 3, 2]}) if projection.opaque_transposed else ("Identity", {})
+        name = b.op(kind, projection.opaque, output=f"{b.prefix}/{role}", **order)
+        return b.declare(name, None, projection.opaque_heads, None, projection.opaque_dim)
     weight = projection.weight_CGD
     assert weight is not None
     width, heads, dim = weight.shape
@@ -90,8 +91,9 @@ def _operand(b: Builder, projection: Projection, role: str) -> str:
         inputs.append(b.constant(projection.bias_GD.reshape(-1), f"{role}.bias"))
     steps = [step for step in ("norm", "rotary", "past", "present") if getattr(projection, step)]
     if not steps:
-        return b.composite("Linear", *inputs, output=f"{b.prefix}/{role}")
-    return _beyond_linear(b, projection, b.composite("Linear", *inputs), heads, role)
+        return b.declare(b.composite("Linear", *inputs, output=f"{b.prefix}/{role}"), None, None, heads * dim)
+    flat = b.declare(b.composite("Linear", *inputs), None, None, heads * dim)
+    return b.declare(_beyond_linear(b, projection, flat, heads, role), None, heads, None, dim)
 
 
 def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, role: str) -> str:
@@ -100,6 +102,7 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     final = projection.present if cached and not projection.past else "" if cached else f"{b.prefix}/{role}"
     bare = projection.norm is None and projection.rotary is None
     value = b.composite("SplitHeads", flat, output=final if bare else "", heads=heads)
+    b.declare(value, None, heads, None, projection.dim)
     norm = projection.norm
     if norm is not None:
         inputs = [value, b.constant(norm.gain_D, f"{role}.gain")]
@@ -112,6 +115,7 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
         attributes = {"size": turn.size, "interleaved": int(turn.interleaved), "sign": turn.sign}
         tables = [_table(b, name, turn) for name in (turn.cos, turn.sin)]
         value = b.composite("Rotary", value, *tables, output=final, **attributes)
+        b.declare(value, None, heads, None, projection.dim)
     if projection.past:
         value = b.op("Concat", projection.past, value, output=projection.present, axis=2)
     return value
@@ -198,6 +202,8 @@ def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForward
     gated = site.gate_CF is not None
     hidden = f"{site.id}/hidden"
     acted = b.composite("Linear", *up, output=hidden if named and not gated else "", activation=activation)
+    if site.rank == 3:
+        b.declare(acted, None, None, site.width)
     if not named:
         renamed = {site.path_start: acted}
         b.copy(paths().between(site.path_start, site.path_end) or [], renamed)

@@ -144,7 +144,7 @@ def install(graph: OnnxGraph, builder: Builder) -> None:
     made = [(value, graph.value(str(value.name))) for node in builder.nodes for value in node.outputs
             if value.name and graph.has(str(value.name))]  # fmt: skip
     for value, old in made:
-        value.type, value.shape = old.type, old.shape
+        value.type, value.shape = old.type or value.type, old.shape or value.shape
         old.name = f"{old.name}/replaced"
         old.replace_all_uses_with(value, replace_graph_outputs=True)
     inner.extend(builder.nodes)
