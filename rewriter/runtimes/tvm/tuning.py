@@ -18,6 +18,7 @@ from rewriter.core.target import Target
 from rewriter.runtimes.tvm.database import Subject, TuningDatabase
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile, make_gemm, pack
 from rewriter.runtimes.tvm.target import tvm_target
+from rewriter.runtimes.tvm.tiles import unroll_for
 
 CANDIDATES = {32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1))}
 MEASURE_S = 0.6  # for all candidates of one shape together
@@ -63,7 +64,7 @@ def candidates(spec: Gemm, target: Target, default: Tile) -> list[Tile]:
     for most, vectors in CANDIDATES[target.registers]:
         rows = -(-spec.M // -(-spec.M // most))
         waste = -(-spec.N // (vectors * spec.lanes)) * vectors * spec.lanes / spec.N
-        tile = Tile(rows, vectors, default.unroll, default.block, default.ahead)
+        tile = Tile(rows, vectors, unroll_for(spec, rows, vectors), default.block, default.ahead)
         if tile not in found and waste < 1.34:
             found.append(tile)
     return found

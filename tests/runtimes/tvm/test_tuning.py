@@ -90,3 +90,11 @@ def test_a_tie_keeps_the_default(
 def test_buckets_agree_on_the_panel_width() -> None:
     tiles = Tiles(target(), lambda spec, _: Tile(12, 2) if spec.M > 50 else Tile(6, 4))
     assert tiles.gemm(Gemm((64,), 96, 8)).vectors == tiles.gemm(Gemm((8,), 96, 8)).vectors == 2
+
+
+@pytest.mark.parametrize("rows", [1, 7, 128, 1000, 1001, 1024, 4096])
+def test_default_blocks_divide_the_rows(rows: int) -> None:
+    for columns, depth in ((384, 1536), (1536, 384), (37, 19)):
+        tile = default_gemm(Gemm((rows,), columns, depth), target())
+        assert tile.rows * tile.vectors <= 24 and 1 <= tile.rows <= rows
+        assert tile.block == 0 or (rows % tile.block == 0 and tile.block % tile.rows == 0)
