@@ -25,11 +25,14 @@ def target(threads: int = 1) -> Target:
     return detect("cpu", threads)
 
 
-def run_kernel(function: Any, inputs: Sequence[np.ndarray], *outputs: tuple[int, ...]) -> list[np.ndarray]:
-    """Outputs begin as garbage (7), so that what is not written is seen."""
+def run_kernel(
+    function: Any, inputs: Sequence[np.ndarray], *outputs: tuple[int, ...], dtypes: Sequence[str] = ()
+) -> list[np.ndarray]:
+    """Outputs begin as garbage (7), so that what is not written is seen; they are float32 unless `dtypes` says so."""
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
     compiled = tvm.compile(module, target=tvm_target(target()))["kernel"]
-    results = [tvm.runtime.tensor(np.full(shape, 7.0, np.float32)) for shape in outputs]
+    kinds = dtypes or ["float32"] * len(outputs)
+    results = [tvm.runtime.tensor(np.full(shape, 7, kind)) for shape, kind in zip(outputs, kinds, strict=True)]
     compiled(*(tvm.runtime.tensor(array) for array in inputs), *results)
     return [result.numpy() for result in results]
 

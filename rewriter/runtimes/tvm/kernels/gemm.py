@@ -1,4 +1,4 @@
-"""A packed fp32 GEMM with epilogue: activation(A @ B + bias) [+ residual], any M, N, K.
+"""A packed GEMM with epilogue: activation(A @ B + bias) [+ residual], any M, N, K. The fp32 form, and what all share.
 
 B is packed once into column panels that are as wide as a register tile (rows x vectors of `lanes` floats); a panel
 is reused by all row tiles while it is hot in L2, and the next panel is fetched meanwhile. Structure after
@@ -8,15 +8,18 @@ K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit
-from rewriter.runtimes.tvm.kernels.emit import Buffer, Index, loop, splat, store, vec
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, splat, store, vec
 from rewriter.runtimes.tvm.kernels.expressions import ACTIVATIONS
+
+Precision = Literal["fp32", "bf16", "int8"]
+GROUP: dict[Precision, int] = {"fp32": 1, "bf16": 2, "int8": 4}  # numbers of k side by side in one 32-bit word
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Gemm:
-    """What one GEMM computes. `leading` are the axes of A before K; their product is M."""
+    """What one GEMM computes. `leading` are the axes of A before K; their product is M.
+
+    Operands of `precision` are 32-bit words that hold `GROUP` numbers of consecutive k each; results are fp32.
+    """
 
     leading: tuple[int, ...]
     N: int
@@ -45,28 +51,35 @@ class Gemm:
     residual: bool = False
     lanes: int = 16
     threads: int = 1
+    precision: Precision = "fp32"
 
     @property
     def M(self) -> int:  # noqa: N802
         """Rows."""
         return int(np.prod(self.leading, dtype=np.int64))
 
+    @property
+    def depth(self) -> int:
+        """Steps of the sum: words of A per row."""
+        return -(-self.K // GROUP[self.precision])
+
     def panels(self, tile: Tile) -> int:
         """Column panels, the last one padded with zeros."""
         return -(-self.N // (self.lanes * tile.vectors))
 
     def packed_shape(self, tile: Tile) -> tuple[int, int, int]:
-        """(panels, K, width) of the packed B."""
-        return self.panels(tile), self.K, self.lanes * tile.vectors
+        """(panels, depth, width) of the packed B, in words."""
+        return self.panels(tile), self.depth, self.lanes * tile.vectors
 
 
-def pack(weight_KN: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """B as panels (ceil(N / width), K, width), the last one padded with zeros."""
+def pack(weight_KN: NDArray[Any], width: int, group: int = 1) -> NDArray[Any]:
+    """B as panels (ceil(N / width), ceil(K / group), width, group), padded with zeros; without the last axis if 1."""
     K, N = weight_KN.shape
-    panels = -(-N // width)
-    padded = np.zeros((K, panels * width), np.float32)
-    padded[:, :N] = weight_KN
-    return np.ascontiguousarray(padded.reshape(K, panels, width).transpose(1, 0, 2))
+    depth, panels = -(-K // group), -(-N // width)
+    padded = np.zeros((depth * group, panels * width), weight_KN.dtype)
+    padded[:K, :N] = weight_KN
+    packed = padded.reshape(depth, group, panels, width).transpose(2, 0, 3, 1)
+    return np.ascontiguousarray(packed[..., 0] if group == 1 else packed)
 
 
 def make_gemm(gemm: Gemm, tile: Tile, name: str = "gemm") -> Any:
@@ -81,7 +94,12 @@ def make_gemm(gemm: Gemm, tile: Tile, name: str = "gemm") -> Any:
 
 
 class TileWriter:
-    """Emits the statements of one GEMM, from whole matrices down to register tiles."""
+    """Emits the statements of one GEMM, from whole matrices down to register tiles.
+
+    Subclasses for other number formats change what a word holds: `_start`, `_product` and `_sum`.
+    """
+
+    words = sums = "float32"
 
     def __init__(self, gemm: Gemm, tile: Tile) -> None:
         self.gemm, self.tile = gemm, tile
@@ -93,7 +111,7 @@ class TileWriter:
         """Row blocks, in each all panels."""
         gemm = self.gemm
         rest = list(buffers)
-        self.A = emit.flat(rest.pop(0), (gemm.M, gemm.K))
+        self.A = emit.flat(rest.pop(0), (gemm.M, gemm.depth), self.words)
         self.B = rest.pop(0)
         self.bias: Buffer = rest.pop(0) if gemm.bias else None
         self.residual: Buffer = emit.flat(rest.pop(0), (gemm.M, gemm.N)) if gemm.residual else None
@@ -120,7 +138,7 @@ class TileWriter:
                 self._rows(first_row, rows, self.full_panels, self.edge)
 
     def _rows(self, first_row: Index, rows: int, panel: Index, columns: int) -> None:
-        self.acc = emit.scratch((self.tile.rows * self.tile.vectors, self.gemm.lanes), registers=True)
+        self.acc = emit.scratch((self.tile.rows * self.tile.vectors, self.gemm.lanes), self.sums, registers=True)
         self.tail: Buffer = emit.scratch((self.gemm.lanes,), registers=True) if columns % self.gemm.lanes else None
         full, left = emit.split(rows, self.tile.rows)
         if full:
@@ -136,7 +154,7 @@ class TileWriter:
         for i in range(rows):
             for n in range(vectors):
                 store(self.acc, self._start(panel, n, columns), i * vectors + n, vec(0, lanes))
-        steps, left = emit.split(self.gemm.K, unroll)
+        steps, left = emit.split(self.gemm.depth, unroll)
         if steps:
             with loop(steps) as step:
                 if sharers and self.tile.ahead:
@@ -150,23 +168,33 @@ class TileWriter:
             for n in range(vectors):
                 self._finish(row + i, panel, n, i * vectors + n, columns)
 
-    def _start(self, panel: Index, n: int, columns: int) -> Any:
+    def _start(self, panel: Index, n: int, columns: int) -> Expression:
+        """What a sum begins with."""
+        return emit.zero_for(self.gemm.lanes) if self.bias is None else self._bias(panel, n, columns)
+
+    def _bias(self, panel: Index, n: int, columns: int) -> Expression:
         lanes = self.gemm.lanes
-        if self.bias is None:
-            return emit.zero_for(lanes)
         if (n + 1) * lanes <= columns:
             return self.bias[vec(panel * self.width + n * lanes, lanes)]
         for t in range(columns - n * lanes):
             store(self.tail, self.bias[panel * self.width + n * lanes + t], t)
         return self.tail[vec(0, lanes)]
 
+    def _product(self, total: Expression, a: Expression, b: Expression) -> Expression:
+        """The sum after one more step: `a` is one word of A, `b` a vector of words of B."""
+        return total + splat(a, self.gemm.lanes) * b
+
+    def _sum(self, row: Index, panel: Index, n: int, slot: int, columns: int) -> Expression:
+        """A finished sum as fp32, bias included."""
+        return self.acc[slot, vec(0, self.gemm.lanes)]
+
     def _step(self, row: Index, rows: int, panel: Index, vectors: int, k: Index) -> None:
         lanes = self.gemm.lanes
         for i in range(rows):
             for n in range(vectors):
                 at = (i * vectors + n, vec(0, lanes))
-                product = splat(self.A[row + i, k], lanes) * self.B[panel, k, vec(n * lanes, lanes)]
-                store(self.acc, self.acc[at] + product, *at)
+                b = self.B[panel, k, vec(n * lanes, lanes)]
+                store(self.acc, self._product(self.acc[at], self.A[row + i, k], b), *at)
 
     def _fetch(self, row: Index, panel: Index, step: Index, sharers: int) -> None:
         """Each of the row tiles that share a panel brings its part of the next panel closer."""
@@ -180,7 +208,7 @@ class TileWriter:
 
     def _finish(self, row: Index, panel: Index, n: int, slot: int, columns: int) -> None:
         lanes = self.gemm.lanes
-        value = ACTIVATIONS[self.gemm.activation](self.acc[slot, vec(0, lanes)], lanes)
+        value = ACTIVATIONS[self.gemm.activation](self._sum(row, panel, n, slot, columns), lanes)
         column = panel * self.width + n * lanes
         live = min(lanes, columns - n * lanes)
         if live == lanes:
