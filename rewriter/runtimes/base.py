@@ -51,6 +51,13 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class Caching(Protocol):
+    """A runtime that keeps what it compiled below `cache`, if it is given a folder."""
+
+    cache: Path | None
+
+
 def named(spec: str) -> Any:
     """The object that ``package.module:attribute`` names. Raises ImportError or AttributeError like an import would."""
     from importlib import import_module

@@ -7,15 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.core.target import Target
-from rewriter.runtimes.base import Executable, Feeds, of_spec
+from rewriter.runtimes.base import Caching, Executable, Feeds, of_spec
 from rewriter.runtimes.worker_main import fetch, store
 
 
-def build(runtime: str, model: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
-    """Build an artifact from a saved graph; composites in it are fine."""
+def build(
+    runtime: str,
+    model: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    target: Target,
+    cache: Path | None = None,
+) -> Path:
+    """Build an artifact from a saved graph, with composites or without; `cache` keeps compiled code."""
     from rewriter.graph.onnx import load as load_graph
 
-    return of_spec(runtime).build(load_graph(model), shapes, folder, target)
+    engine = of_spec(runtime)
+    if isinstance(engine, Caching):
+        engine.cache = cache
+    return engine.build(load_graph(model), shapes, folder, target)
 
 
 def open_executable(key: str, runtime: str, artifact: Path, threads: int) -> None:

@@ -42,7 +42,7 @@ class Chain:
 def signature(site: Site, piece: Fragment, values: Values) -> str:
     """What the latency of a sub-block depends on, as text: sizes, structure and dtypes, never weights or names."""
     reads = [[list(values[name].shape), str(values[name].dtype)] for name in piece.reads()]
-    facts: dict[str, Any] = {"reads": sorted(map(json.dumps, reads))}
+    facts: dict[str, Any] = {"reads": sorted(map(json.dumps, reads)), "precision": site.precision}
     if isinstance(site, AttentionSite):
         facts |= {
             "kind": "attention",

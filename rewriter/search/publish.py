@@ -118,20 +118,26 @@ def _build(session: Session, outcome: Outcome) -> Path:
     shapes, pad = buckets(session)
     saved = outcome.kept.graph.save(session.folder / "kept.onnx")
     spec, target = f"{__name__}:build_buckets", session.target
-    built = session.builder.call(spec, saved, shapes, session.folder / "kept", target, pad, timeout_s=_BUILD_LIMIT_S)
+    arguments = (saved, shapes, session.folder / "kept", target, pad, session.cache / "compiled")
+    built = session.builder.call(spec, *arguments, timeout_s=_BUILD_LIMIT_S)
     if isinstance(built, WorkerFailure):
         raise ModelError(f"the TVM build failed: {built}", "model.onnx runs in ONNX Runtime all the same")
     return Path(built)
 
 
 def build_buckets(
-    model: Path, shapes: Sequence[Mapping[str, tuple[int, ...]]], folder: Path, target: Target, pad: Mapping[str, float]
+    model: Path,
+    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    folder: Path,
+    target: Target,
+    pad: Mapping[str, float],
+    cache: Path,
 ) -> Path:
     """In the worker: one artifact for several shapes."""
     from rewriter.graph.onnx import load
     from rewriter.runtimes.tvm.compile import build
 
-    return build(load(model), shapes, folder, target, pad=pad)
+    return build(load(model), shapes, folder, target, cache / "code", pad=pad)
 
 
 def _carry_files(graph: OnnxGraph, place: Path) -> None:

@@ -19,6 +19,7 @@ from rewriter.core.site import Site
 from rewriter.graph.interpreter import Interpreter
 from rewriter.runtimes.workers import WorkerFailure
 from rewriter.search.candidates import all_candidates
+from rewriter.search.chain import signature
 from rewriter.search.cost import CostTable, Priced
 from rewriter.search.problem import Options, Problem
 from rewriter.search.refine import Trial, refine
@@ -30,6 +31,7 @@ from rewriter.search.structure import blank_statistics, restructure
 from rewriter.search.variant import Variant, merge
 
 Feeds = dict[str, NDArray[Any]]
+Anywhere = tuple[tuple[tuple[str, Any], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -119,22 +121,34 @@ def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], size: S
 
 
 def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[str, dict[Options, float]]:
-    """Seconds of each option at each site; equal shapes are compiled and timed once."""
+    """Seconds of each option at each site; sites that are alike share what was measured for the first of them."""
     session, by_id = state.session, {site.id: site for site in state.sites}
-    wanted: list[tuple[str, Options, Priced]] = []
-    for name, combinations in found.items():
-        blank = blank_statistics(by_id[name])
-        for options in combinations:
-            site = restructure(by_id[name], options, session.selection.passes, blank)
-            wanted.append((name, options, Priced(site, fragment(session.graph, site))))
-    table = cost_table(session)
-    values = values_read(session, state.sites, [priced for *_, priced in wanted])
-    intervals = table.latencies_s(session.graph, [p for *_, p in wanted], values, session.progress.advance)
+    plain = {name: Priced(by_id[name], fragment(session.graph, by_id[name])) for name in found}
+    values = values_read(session, state.sites, list(plain.values()))
+    first: dict[tuple[str, Anywhere], str] = {}
+    like = {
+        name: first.setdefault((signature(one.site, one.piece, values), _anywhere(found[name])), name)
+        for name, one in plain.items()
+    }
+    table, latencies = cost_table(session), {}
+    wanted = [priced for name in first.values() for priced in _priced(session, by_id[name], found[name])]
+    intervals = iter(table.latencies_s(session.graph, wanted, values, session.progress.advance))
     session.variants_timed += table.measured
-    latencies: dict[str, dict[Options, float]] = {}
-    for (name, options, _), interval in zip(wanted, intervals, strict=True):
-        latencies.setdefault(name, {})[options] = interval.median
+    measured = {name: [next(intervals).median for _ in found[name]] for name in first.values()}
+    for name, combinations in found.items():
+        latencies[name] = dict(zip(combinations, measured[like[name]], strict=True))
     return latencies
+
+
+def _priced(session: Session, site: Site, combinations: Sequence[Options]) -> list[Priced]:
+    blank = blank_statistics(site)
+    rewritten = (restructure(site, options, session.selection.passes, blank) for options in combinations)
+    return [Priced(one, fragment(session.graph, one)) for one in rewritten]
+
+
+def _anywhere(combinations: Sequence[Options]) -> Anywhere:
+    """Combinations without the site they are for."""
+    return tuple(tuple((option.name, option.parameters) for option in options) for options in combinations)
 
 
 def values_read(session: Session, sites: Sequence[Site], priced: Sequence[Priced]) -> dict[str, NDArray[Any]]:
@@ -203,6 +217,8 @@ def _trials(state: Search, size: Size) -> None:
 
 def _assembled(state: Search, name: str, plan: Plan, batches: Sequence[Feeds], choose: Sequence[Feeds]) -> Variant:
     session = state.session
-    built = assemble(session.graph, state.sites, plan, session.selection.passes, batches, choose)
+    # Re-solving unchanged blocks above the first change costs 15 % more and gained nothing (measured on MiniLM).
+    passes = session.selection.passes
+    built = assemble(session.graph, state.sites, plan, passes, batches, choose, resolve="changed")
     order = [site.id for site in session.recognition.sites]
     return Variant.of(name, session.graph, merge(state.exact, plan, order), built.sites.values())

@@ -66,9 +66,8 @@ class Session:
         saved = graph.save(self.folder / f"{name}.onnx")
         wanted = self.workload.shapes if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
-        built = self.builder.call(
-            f"{jobs.__name__}:build", runtime, saved, dict(wanted), place, self.target, timeout_s=_BUILD_LIMIT_S
-        )
+        arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled")
+        built = self.builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=_BUILD_LIMIT_S)
         if isinstance(built, WorkerFailure):
             raise ModelError(f"building {name} with {runtime.rpartition(':')[2]} failed: {built}", "See optimize.log")
         return Path(built)
