@@ -24,7 +24,8 @@ from rewriter.search.variant import Variant, apply_exact, merge
 EXACT = "exact"
 
 _FINALISTS = {"quick": 1, "normal": 2, "thorough": 4}
-_RACE_S = {"quick": 15.0, "normal": 30.0, "thorough": 120.0}
+_RACE_S = {"quick": 12.0, "normal": 25.0, "thorough": 120.0}
+_FIRST_LOOK_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def exact_only(session: Session) -> Outcome:
         "exact", "building and timing the exact variant" + (" and its rivals" if alone else "")
     ):
         variants = [original] + ([] if plan.empty else [Variant.of(EXACT, session.graph, plan, sites)])
-        rules = Rules(budget_s=_RACE_S["quick" if not alone else session.options.effort], most_rounds=60)
+        seconds = _RACE_S[session.options.effort] if alone else _FIRST_LOOK_S
+        rules = Rules(budget_s=seconds, most_rounds=60)
         finals = run_finals(session, variants, rivals=alone, rules=rules)
     kept = next((v for v in variants[1:] if finals.faster(v.name)), original)
     session.notes += finals.notes
@@ -113,10 +115,9 @@ def decide_between(session: Session, so_far: Outcome, found: Search) -> Outcome:
 
 
 def _certified(session: Session, base: Outcome, found: Search, worth: Sequence[Variant]) -> Outcome:
-    damages = {trial.name: trial.damage for trial in found.trials}
     finals = base.finals
     candidates = [
-        Candidate(v, finals.subject(v.name), latency.median, damages[v.name])
+        Candidate(v, finals.subject(v.name), latency.median, found.paired[v.name])
         for v in worth
         if (latency := finals.latency(v.name)) is not None
     ]

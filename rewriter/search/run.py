@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rewriter.accuracy.paired import Paired
 from rewriter.assembly.assemble import assemble, price_options
 from rewriter.attention.lower import fragment, lower
 from rewriter.calibration.data import Dataset
@@ -31,23 +32,33 @@ from rewriter.search.structure import blank_statistics, restructure
 from rewriter.search.variant import Variant, merge
 
 Feeds = dict[str, NDArray[Any]]
+
+# A variant that uses the whole budget on the selection split has an even chance to exceed it on other data.
+_AIM = 0.9
 Anywhere = tuple[tuple[tuple[str, Any], ...], ...]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work one effort means. Tokens are of calibration; samples of the selection split."""
+    """How much work one effort means.
+
+    `tokens` calibrate a variant that may be kept, `draft_tokens` the first `drafts`, which teach how damages add
+    up; `pricing_tokens` give local errors, `slope_tokens` and `slope_samples` the damage of one option per sub-block.
+    """
 
     tokens: int
+    draft_tokens: int
     pricing_tokens: int
+    slope_tokens: int
     slope_samples: int
     assemblies: int
+    drafts: int
 
 
 SIZES: Mapping[Effort, Size] = {
-    "quick": Size(tokens=24_000, pricing_tokens=6_000, slope_samples=64, assemblies=3),
-    "normal": Size(tokens=60_000, pricing_tokens=12_000, slope_samples=96, assemblies=4),
-    "thorough": Size(tokens=250_000, pricing_tokens=40_000, slope_samples=400, assemblies=10),
+    "quick": Size(20_000, 8_000, 8_000, 3_000, 48, assemblies=3, drafts=1),
+    "normal": Size(40_000, 14_000, 16_000, 5_000, 64, assemblies=4, drafts=2),
+    "thorough": Size(250_000, 60_000, 100_000, 30_000, 300, assemblies=12, drafts=3),
 }
 
 
@@ -61,6 +72,7 @@ class Search:
     exact: Mapping[str, Options]
     variants: dict[str, Variant] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    paired: dict[str, Paired] = field(default_factory=dict)
     latencies_s: dict[str, dict[Options, float]] = field(default_factory=dict)
     problem: Problem | None = None
     started_s: float = field(default_factory=time.monotonic)
@@ -88,14 +100,14 @@ def search(session: Session, scorer: Scorer, sites: Sequence[Site], exact: Mappi
         return state
     size = SIZES[effort]
     with session.progress.stage("statistics", f"measuring the local error of {sum(map(len, found.values()))} options"):
-        errors = _local_errors(state, found, size)
+        errors = _local_errors(state, found, size.pricing_tokens)
     with session.progress.stage("costs", "compiling and timing each distinct option with TVM"):
         state.latencies_s = _latencies(state, found)
     with session.progress.stage("scale", "scoring one option per sub-block to learn what an error does to the metric"):
         slope = _slopes(state, errors, size)
     state.problem = build_problem(state.latencies_s, errors, slope)
     with session.progress.stage("assembly", "solving, assembling bottom-up and scoring whole variants"):
-        _trials(state, size)
+        _trials(state, state.problem, size)
     return state
 
 
@@ -113,11 +125,13 @@ def _positions(data: Dataset) -> int:
     return max(int(np.prod(array.shape[1:2])) for array in data.inputs.values())
 
 
-def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], size: Size) -> LocalErrors:
+def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], tokens: int) -> LocalErrors:
     session = state.session
     assert session.splits is not None
-    batches = calibration_batches(session.splits.calibrate, size.tokens // 2, state.scorer.crop, session.options.seed)
-    return price_options(session.graph, state.sites, found, session.selection.passes, batches)
+    batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, session.options.seed)
+    advance = session.progress.advance
+    passes = session.selection.passes
+    return price_options(session.graph, state.sites, found, passes, batches, advance=lambda done, _: advance(done))
 
 
 def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[str, dict[Options, float]]:
@@ -184,35 +198,40 @@ def cost_table(session: Session) -> CostTable:
 def _slopes(state: Search, errors: LocalErrors, size: Size) -> dict[str, float]:
     session = state.session
     assert session.splits is not None
-    batches = calibration_batches(
-        session.splits.calibrate, size.pricing_tokens, state.scorer.crop, session.options.seed
-    )
+    tokens, seed = size.slope_tokens, session.options.seed
+    batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, seed)
 
     def damage(plan: Plan) -> float:
         variant = _assembled(state, "probe", plan, batches, batches[-1:])
-        return state.scorer.damage(variant.graph, size.slope_samples)
+        return state.scorer.paired(variant.graph, size.slope_samples).drop
 
     return slopes(errors, damage, session.progress.advance)
 
 
-def _trials(state: Search, size: Size) -> None:
+def _trials(state: Search, problem: Problem, size: Size) -> None:
     session = state.session
-    assert session.splits is not None and state.problem is not None
-    batches = calibration_batches(session.splits.calibrate, size.tokens, state.scorer.crop, session.options.seed)
-    # Part of the calibration data chooses ridge and alpha; the selection split stays for choosing between variants.
-    held_out = max(1, len(batches) // 6)
-    rng = np.random.default_rng(session.options.seed)
-    rows = rng.permutation(len(batches))
-    fit, choose = [batches[i] for i in rows[held_out:]], [batches[i] for i in rows[:held_out]]
+    drafts, finals = (_halves(state, tokens) for tokens in (size.draft_tokens, size.tokens))
 
     def damage(name: str, plan: Plan) -> float:
+        fit, choose = drafts if len(state.variants) < size.drafts else finals
         variant = _assembled(state, name, plan, fit, choose)
         state.variants[name] = variant
-        lost = state.scorer.damage(variant.graph)
+        state.paired[name] = state.scorer.paired(variant.graph)
+        lost = state.paired[name].drop
         session.progress.advance(len(state.variants) / (size.assemblies + 1), f"{name}: {100 * lost:.3f} points lost")
         return lost
 
-    state.trials = refine(state.problem, damage, state.budget, size.assemblies, state.out_of_time)
+    state.trials = refine(problem, damage, _AIM * state.budget, size.assemblies, state.out_of_time)
+
+
+def _halves(state: Search, tokens: int) -> tuple[list[Feeds], list[Feeds]]:
+    """Batches to fit on, and a sixth of them that chooses ridge and alpha; the selection split is for variants."""
+    session = state.session
+    assert session.splits is not None
+    batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, session.options.seed)
+    rows = np.random.default_rng(session.options.seed).permutation(len(batches))
+    held_out = max(1, len(batches) // 6)
+    return [batches[i] for i in rows[held_out:]], [batches[i] for i in rows[:held_out]]
 
 
 def _assembled(state: Search, name: str, plan: Plan, batches: Sequence[Feeds], choose: Sequence[Feeds]) -> Variant:

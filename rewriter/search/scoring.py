@@ -83,10 +83,6 @@ class Scorer:
         new = outputs_of(graph, data, self.crop)
         return self.metric.paired(original, new, data.labels, token_mask(data))
 
-    def damage(self, graph: OnnxGraph, samples: int | None = None) -> float:
-        """How much of the metric is lost, in the direction of worse."""
-        return self.paired(graph, samples).drop
-
 
 def spread(data: Dataset, count: int, seed: int) -> Dataset:
     """At most `count` samples drawn at random, in a random order: any first part of them is a fair sample too."""
