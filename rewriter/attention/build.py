@@ -52,7 +52,8 @@ class Builder:
         name = f"{self.prefix}/{name}" if name else self.name("constant")
         if self.dtype is not None and array.dtype == np.float64:
             array = array.astype(self.dtype)
-        self.constants[name] = np.ascontiguousarray(array)
+        # for checks alone, a view of a large matrix must not become a copy
+        self.constants[name] = np.ascontiguousarray(array) if self.dtype is not None else array
         self._values[name] = ir.Value(name=name, const_value=ir.tensor(self.constants[name], name=name))
         return name
 

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.activations import elementwise, name_of
-from rewriter.attention.linears import Linear, read_linear, stored
+from rewriter.attention.linears import Linear, read_linear
+from rewriter.attention.recipes import stored
 from rewriter.attention.trace import SHAPES, VIEWS, Trace, inputs_of, label, outputs_of
 from rewriter.attention.views import view_between
 from rewriter.core.refusal import Refused
@@ -203,7 +204,7 @@ def _branch(trace: Trace, linear: Linear, start: str, down: Linear) -> Branch:
     bias_F = offset[0]
     if linear.bias_N is not None:
         bias_F = bias_F + linear.bias_N[channels[0]] * view.factor
-    weight_CF = stored(linear.weight_CN[:, channels[0]] * view.factor, linear.dtype)
+    weight_CF = linear.columns(channels[0], view.factor)
     return Branch(linear, start, weight_CF, stored(bias_F, linear.dtype) if bias_F.any() else None)
 
 
@@ -244,7 +245,7 @@ def _site(
         source=branch.linear.source,
         up_CF=branch.weight_CF,
         up_bias_F=branch.bias_F,
-        down_FC=stored(down.weight_CN, down.dtype),
+        down_FC=down.columns(np.arange(down.weight_CN.shape[1])),
         down_bias_C=bias,
         output=down.result,
         activation=activation,

@@ -14,12 +14,17 @@ from itertools import permutations
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.paths import Paths
+from rewriter.attention.values import Values
+from rewriter.core.errors import UserError
 from rewriter.core.site import Array
+from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, TensorSpec
 
 BATCHES = (2, 5, 3)
 IMAGE_SIDES, SOUND_SAMPLES = (32, 64, 128), (400, 1200)
 LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
+STEP = 200  # nodes between two looks at what may be dropped
 TRACED = frozenset(
     [
         "Cast",
@@ -144,6 +149,44 @@ def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
                 yield Sizes({**distinct, total: distinct[one] + distinct[other], **leading})
         for length in (lengths[0], *(long * (round_ + 1) for long in _long_lengths(graph))):
             yield Sizes({**dict.fromkeys(free, length), **leading})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Feeds that a graph takes, and the shape of every value on them."""
+
+    feeds: dict[str, Array]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def usable_feeds(
+    interpreter: Interpreter, paths: Paths, example: Mapping[str, Array] | None, seed: int
+) -> list[Run] | None:
+    """Feeds of three sizes that the graph takes, the second and third with hostile masks; None if it takes none."""
+    graph, found = interpreter.graph, []
+    known = roles(graph)
+    if example is not None:
+        interpreter.bind(example)  # raises for missing inputs
+    for round_ in range(3):
+        drawn = (draw(graph, sizes, known, seed + round_, round_ > 0, example) for sizes in size_choices(graph, round_))
+        own = [dict(example)] if example is not None else []
+        runs = (_tried(interpreter, paths, feeds) for feeds in (*drawn, *own))
+        usable = next((run for run in runs if run is not None), None)
+        if usable is None:
+            return None
+        found.append(usable)
+    return found
+
+
+def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array]) -> Run | None:
+    try:
+        values = Values(interpreter, paths, feeds)
+        for end in range(0, len(paths.nodes) + STEP, STEP):
+            values.advance(end)
+            values.prune(end)
+    except UserError:
+        return None
+    return Run(feeds, values.shapes)
 
 
 def _long_lengths(graph: OnnxGraph) -> tuple[int, ...]:

@@ -1,36 +1,27 @@
 """The identity gate: a site is lowerable only if what is lowered does what the graph does, and a wrong one does not.
 
-Each site is checked on its own, on top of the original's values, so that one site cannot spoil another; then all of
+Each site is compared on its own, on top of the original's values, so that one site cannot spoil another; then all of
 them together, as a whole graph. Float64 throughout: what differs by more than 1e-9 of its scale is another function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from rewriter.attention.lower import fragment, lower, result_of
-from rewriter.attention.shake import borrowed
 from rewriter.attention.trace import Trace
+from rewriter.attention.weights import Borrowed
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Site, State
-from rewriter.graph.onnx import OnnxGraph
+from rewriter.graph.interpreter import Interpreter
+from rewriter.graph.onnx import OnnxGraph, reads
 
 TOLERANCE = 1e-9
 EFFECT = 1e-6
-
-
-@dataclass(frozen=True)
-class Check:
-    """One run of the graph, and the sites raised for its weights by the name of their result."""
-
-    trace: Trace
-    sites: Mapping[str, Site]
-    shaken: bool
-    hostile: bool
 
 
 def exact(site: Site) -> Site:
@@ -70,12 +61,13 @@ def local_problem(trace: Trace, site: Site, effect: bool) -> Refusal | None:
 
 
 def _run(trace: Trace, site: Site) -> torch.Tensor:
-    part = fragment(trace.graph, site, exact=True)
-    env = dict(trace.env)
-    env.update({name: trace.interpreter.tensor(array) for name, array in part.constants.items()})
-    for name in part.outputs:
-        env.pop(name)
+    part = fragment(trace.graph, site, exact=True, paths=trace.paths)
+    env = {name: trace.interpreter.tensor(array) for name, array in part.constants.items()}
+    made = {str(value.name) for node in part.nodes for value in node.outputs}
+    for node in part.nodes:
+        env.update((name, trace.env[name]) for name in reads(node) if name not in env and name not in made)
     trace.interpreter.run_nodes(part.nodes, env)
+    trace.interpreter.forget(part.nodes)
     return env[part.outputs[0]]
 
 
@@ -91,80 +83,64 @@ def _damaged(site: Site) -> Site:
 
 
 def joint_problem(
-    graph: OnnxGraph, lowered: OnnxGraph, trace: Trace, feeds: Mapping[str, Array] | None = None
+    graph: OnnxGraph, lowered: OnnxGraph, trace: Trace, feeds: Mapping[str, Array], expected: Mapping[str, torch.Tensor]
 ) -> Refusal | None:
     """Why the whole lowered graph is not the original, with the weights of a trace; None if it is."""
-    expected = trace.env if feeds is None else trace.interpreter.run(feeds)
+    constants = Borrowed(lowered, trace.interpreter.constants)
     try:
-        actual = borrowed(lowered, trace.interpreter.constants).run(trace.feeds if feeds is None else feeds)
+        actual = Interpreter(lowered, torch.float64, constants=constants).run(feeds)
     except UserError as problem:
         return Refusal("lowering-failed", problem.what)
     worst = max((difference(actual[spec.name], expected[spec.name]) for spec in graph.outputs), default=0.0)
     return None if worst <= TOLERANCE else Refusal("identity", f"the whole graph differs by {worst:.1e} of its scale")
 
 
-def surviving(lowered: OnnxGraph, site: Site) -> tuple[str, ...]:
-    """Values of the old core that the lowered graph still computes."""
-    if isinstance(site, FeedForwardSite):
-        return ()
-    return tuple(name for name in site.names.get("inner", "").split("\n") if name and lowered.has(name))
+def joint_failures(
+    trace: Trace, sites: Sequence[Site], feeds: Mapping[str, Array], expected: Mapping[str, torch.Tensor]
+) -> dict[str, Refusal]:
+    """Problems by site id once all sites, raised for a trace's weights, are lowered together.
 
-
-def promote(
-    graph: OnnxGraph, sites: Sequence[Site], checks: Sequence[Check], third: Mapping[str, Array]
-) -> tuple[Site, ...]:
-    """The sites with their final state: lowerable where every check passes, with the problem recorded where not.
-
-    The first check is the graph with its own weights, the last one has others; `third` are feeds of sizes that
-    raising has never seen.
+    `expected` holds the original's outputs for `feeds`. Sites are tried in ever smaller groups only if the whole fails.
     """
-    judged = [_judge(site, checks) for site in sites]
-    for check, feeds in ((checks[0], third), (checks[-1], None)):
-        passed = [site for site in judged if site.state is State.LOWERABLE]
-        failures = _joint_failures(graph, passed, check, feeds)
-        judged = [_demoted(site, failures[site.id]) if site.id in failures else site for site in judged]
-    return tuple(judged)
+    if not sites:
+        return {}
+    own = [exact(site) for site in sites]
+    lowered = lower(trace.graph, own, exact=True)
+    failures = {}
+    left = {str(value.name) for value in lowered.values()}
+    for site in own:
+        alive = tuple(name for name in _inner(site) if name in left)
+        if alive:
+            failures[site.id] = Refusal("old-core-alive", "the old attention is still needed by something else", alive)
+    return _blamed(trace, own, lowered, feeds, expected) | failures
 
 
-def _judge(site: Site, checks: Sequence[Check]) -> Site:
-    blocking = [p for p in site.problems if not p.code.startswith("bias-depends-on")]
-    if not result_of(site) or blocking:
-        return site
-    for number, check in enumerate(checks):
-        own = check.sites.get(result_of(site))
-        if own is None:
-            return _demoted(site, Refusal("unstable", "with other weights the site is not recognised", site.nodes))
-        problem = local_problem(check.trace, own, effect=number > 0 and check.shaken)
-        if problem and problem.code == "identity" and check.hostile:
-            why = f"only with holes, left padding or fully masked rows: {problem.why}"
-            problem = Refusal("identity-under-masks", why, problem.nodes)
-        if problem:
-            return _demoted(site, problem)
-    return replace(site, state=State.LOWERABLE)
+def _blamed(
+    trace: Trace,
+    sites: Sequence[Site],
+    lowered: OnnxGraph,
+    feeds: Mapping[str, Array],
+    expected: Mapping[str, torch.Tensor],
+) -> dict[str, Refusal]:
+    """The sites of a group that spoil the whole graph, found by halving."""
+    problem = joint_problem(trace.graph, lowered, trace, feeds, expected)
+    if problem is None:
+        return {}
+    if len(sites) == 1:
+        return {sites[0].id: problem}
+    found: dict[str, Refusal] = {}
+    for part in (sites[: len(sites) // 2], sites[len(sites) // 2 :]):
+        found |= _blamed(trace, part, lower(trace.graph, part, exact=True), feeds, expected)
+    return found or {site.id: problem for site in sites}
 
 
-def _demoted(site: Site, problem: Refusal) -> Site:
+def _inner(site: Site) -> list[str]:
+    """Values of the old core, which a lowered graph must not compute any more."""
+    names = "" if isinstance(site, FeedForwardSite) else site.names.get("inner", "")
+    return [name for name in names.split("\n") if name]
+
+
+def demoted(site: Site, problem: Refusal) -> Site:
+    """The site without the state that a problem takes from it, and with the problem on record."""
     mapped = isinstance(site, FeedForwardSite) or site.mapped
     return replace(site, state=State.MAPPED if mapped else State.FOUND, problems=(*site.problems, problem))
-
-
-def _joint_failures(
-    graph: OnnxGraph, sites: Sequence[Site], check: Check, feeds: Mapping[str, Array] | None
-) -> dict[str, Refusal]:
-    """Problems by site once all are lowered together; sites are tried one at a time only if the whole fails."""
-    own = [replace(exact(check.sites[result_of(site)]), id=site.id) for site in sites]
-    if not own:
-        return {}
-    lowered = lower(graph, own, exact=True)
-    failures = {}
-    for site in own:
-        left = surviving(lowered, site)
-        if left:
-            failures[site.id] = Refusal("old-core-alive", "the old attention is still needed by something else", left)
-    if joint_problem(graph, lowered, check.trace, feeds) is None:
-        return failures
-    for site in own:
-        problem = joint_problem(graph, lower(graph, [site], exact=True), check.trace, feeds)
-        if problem and site.id not in failures:
-            failures[site.id] = problem
-    return failures

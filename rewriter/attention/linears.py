@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.recipes import Ledger, Recipe, pick, stored
 from rewriter.attention.trace import Trace, inputs_of, outputs_of
 from rewriter.core.refusal import Refused
 from rewriter.core.site import Array
@@ -31,6 +32,36 @@ class Linear:
     weight_name: str
     bias_name: str
     dtype: np.dtype[np.generic]
+    weight_value: str
+    transposed: bool
+    alpha: float
+    ledger: Ledger | None  # where cuts from a drawn weight are noted; None if the weight is the model's own
+
+    def columns(self, order: Array, factor: float = 1.0) -> Array:
+        """``factor * weight_CN[:, order]``."""
+        return self._cut(1, order, factor)
+
+    def rows_of(self, order: Array, factor: float = 1.0) -> Array:
+        """``factor * weight_CN[order]``."""
+        return self._cut(0, order, factor)
+
+    def scaled(self, array: Array, factor: float) -> Array:
+        """A cut times a factor."""
+        result = np.float64(factor) * array
+        if self.ledger is None:
+            return stored(result, array.dtype)
+        recipe = self.ledger[id(array)][1]
+        self.ledger[id(result)] = result, replace(recipe, factor=recipe.factor * factor)
+        return np.asarray(result)
+
+    def _cut(self, axis: int, order: Array, factor: float) -> Array:
+        cut = pick(self.weight_CN, order, axis)
+        cut = cut if factor == 1.0 else cut * factor
+        if self.ledger is None:
+            return stored(cut, self.dtype)
+        recipe = Recipe(self.weight_value, self.transposed, axis, order, factor * self.alpha, self.dtype)
+        self.ledger[id(cut)] = cut, recipe
+        return cut
 
 
 def read_linear(trace: Trace, node: ir.Node, batched: bool | None = True) -> Linear:
@@ -43,9 +74,11 @@ def read_linear(trace: Trace, node: ir.Node, batched: bool | None = True) -> Lin
     if found is None or found[0] != 0 or node.op_type not in ("MatMul", "Gemm"):
         raise Refused("linear-form", f"linear {node.op_type}", (node.name or "",))
     names = inputs_of(node)
-    weight = _matrix(trace.value(found[1]))
+    weight = only_matrix(trace.value(found[1]))
     bias: Array | None = None
+    transposed, alpha = False, 1.0
     if node.op_type == "Gemm":
+        transposed, alpha = bool(_attribute(node, "transB", 0)), _attribute(node, "alpha", 1.0)
         weight, bias = _gemm(trace, node, weight)
     data = names[0] if batched is False else _with_batch(trace, names[0], batched is None)
     shape = trace.shape(data)
@@ -60,16 +93,15 @@ def read_linear(trace: Trace, node: ir.Node, batched: bool | None = True) -> Lin
         trace.original_initializer(found[1]),
         trace.original_initializer(names[2]) if bias is not None else "",
         trace.weight_dtype(found[1]),
+        found[1],
+        transposed,
+        alpha,
+        trace.recipes if trace.drawn(found[1]) else None,
     )
 
 
-def stored(array: Array, dtype: np.dtype[np.generic]) -> Array:
-    """The array in the model's dtype if that loses nothing; else in float64, rounded only when it is written out."""
-    small = array.astype(dtype)
-    return small if np.array_equal(small.astype(np.float64), array) else np.asarray(array, dtype=np.float64)
-
-
-def _matrix(weight: Array) -> Array:
+def only_matrix(weight: Array) -> Array:
+    """The two-dimensional matrix behind a weight; raises `Refused` if there is not just one."""
     if weight.ndim < 2:
         raise Refused("linear-form", "weight with fewer than two axes")
     flat = weight.reshape(-1, *weight.shape[-2:])
@@ -80,31 +112,33 @@ def _matrix(weight: Array) -> Array:
 
 
 def _gemm(trace: Trace, node: ir.Node, weight: Array) -> tuple[Array, Array | None]:
-    def attribute(name: str, default: float) -> float:
-        return float(node.attributes[name].value) if name in node.attributes else default
-
-    if attribute("transA", 0):
+    if _attribute(node, "transA", 0):
         raise Refused("linear-form", "Gemm with transA")
-    weight = (weight.T if attribute("transB", 0) else weight) * attribute("alpha", 1.0)
+    weight, alpha = (weight.T if _attribute(node, "transB", 0) else weight), _attribute(node, "alpha", 1.0)
+    weight = weight if alpha == 1.0 else weight * alpha
     names = inputs_of(node)
     if len(names) < 3 or not names[2]:
         return weight, None
     if names[2] not in trace.fixed:
         raise Refused("linear-form", "Gemm with a computed bias")
-    bias = trace.value(names[2]) * attribute("beta", 1.0)
+    bias = trace.value(names[2]) * _attribute(node, "beta", 1.0)
     if bias.size not in (1, weight.shape[1]):
         raise Refused("linear-form", "Gemm with a bias per row")
     return weight, np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
 
 
+def _attribute(node: ir.Node, name: str, default: float) -> float:
+    return float(node.attributes[name].value) if name in node.attributes else default
+
+
 def _with_batch(trace: Trace, name: str, optional: bool) -> str:
     """A value with a batch axis that holds the same rows: walks back over reshapes that only merge rows."""
-    width, size, start = trace.shape(name)[-1], trace.env[name].numel(), name
+    width, size, start = trace.shape(name)[-1], trace.size(name), name
     while len(trace.shape(name)) < 3:
         node = trace.producer.get(name)
         known = node is not None and node.op_type in ("Reshape", "Identity", "Cast", "Flatten", "Squeeze")
         name = inputs_of(node)[0] if node is not None and known else ""
-        if not name or trace.shape(name)[-1:] != (width,) or trace.env[name].numel() != size:
+        if not name or trace.shape(name)[-1:] != (width,) or trace.size(name) != size:
             if optional:
                 return start
             raise Refused("no-batch-axis", f"projection input {start!r} has no batch axis")

@@ -34,10 +34,11 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
     lowered = graph.clone()
     lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
     paths, dtype = cache(partial(Paths, lowered)), None if exact else float_dtype(graph)
+    known = {str(value.name): value for value in lowered.values()}
     for site in sites:
-        builder = Builder(site.id, lowered.opset, lowered.value, dtype)
+        builder = Builder(site.id, lowered.opset, partial(_known, known, lowered), dtype)
         emit(builder, paths, site)
-        install(lowered, builder)
+        install(lowered, builder, known)
     lowered.model.graph.sort()
     free_shapes(graph, lowered)
     lowered.model.graph.sort()
@@ -45,14 +46,18 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
     return lowered
 
 
-def fragment(graph: OnnxGraph, site: Site, exact: bool = False) -> Fragment:
+def _known(known: dict[str, ir.Value], graph: OnnxGraph, name: str) -> ir.Value:
+    return known[name] if name in known else graph.value(name)
+
+
+def fragment(graph: OnnxGraph, site: Site, exact: bool = False, paths: Paths | None = None) -> Fragment:
     """One site as nodes of its own, to run on top of the graph's values. Its output is the site's result.
 
-    A cache that the site makes is made anew as well. Raises like `lower`.
+    A cache that the site makes is made anew as well. `paths` spares finding them again. Raises like `lower`.
     """
     dtype = None if exact else float_dtype(graph)
     builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name), dtype)
-    emit(builder, partial(Paths, graph), site)
+    emit(builder, partial(Paths, graph) if paths is None else lambda: paths, site)
     return Fragment(tuple(builder.nodes), builder.constants, (result_of(site),))
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.linears import Linear, read_linear, stored
+from rewriter.attention.linears import Linear, read_linear
 from rewriter.attention.operands import Operand
+from rewriter.attention.recipes import stored
 from rewriter.attention.trace import SHAPES, VIEWS, Trace, inputs_of, label, outputs_of
 from rewriter.attention.views import view_between
 from rewriter.core.refusal import Refused
@@ -36,7 +37,7 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
     if view is None:
         raise Refused("output-path", "the way to the output projection is no view", (label(node),))
     rows_HD, time_first = _rows(trace, context, data, view.element, heads, batch)
-    weight = linear.weight_CN[rows_HD] * (factor * view.factor)
+    weight = linear.rows_of(rows_HD, factor * view.factor)
     rank = len(trace.shape(data))
     if rank > 3 and (not source or trace.shape(source)[:-1] != trace.shape(data)[:-1]):
         raise Refused("output-layout", "the result has several token axes", (label(node),))
@@ -45,7 +46,7 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
         raise Refused("output-path", "something is added before the output projection", (label(node),))
     projection = OutputProjection(
         value=linear.result,
-        weight_HDC=stored(weight, linear.dtype),
+        weight_HDC=weight,
         bias_C=None if bias is None or not bias.any() else stored(bias, linear.dtype),
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,

@@ -19,9 +19,13 @@ class Paths:
         self.producer = {str(v.name): node for node in self.nodes for v in node.outputs if v.name}
         self.consumers: dict[str, list[ir.Node]] = defaultdict(list)
         self.reads = {id(node): reads(node) for node in self.nodes}
-        for node in self.nodes:
+        self.last_use: dict[str, int] = {}
+        for index, node in enumerate(self.nodes):
             for name in self.reads[id(node)]:
                 self.consumers[name].append(node)
+                self.last_use[name] = index
+        for value in graph.model.graph.outputs:
+            self.last_use[str(value.name)] = len(self.nodes)
 
     def position(self, name: str) -> int:
         """Topological index of the producer; -1 for inputs and constants."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rewriter.attention.linears import Linear, comes_from_inputs, linears_before, read_linear, stored
+from rewriter.attention.linears import Linear, comes_from_inputs, linears_before, read_linear
 from rewriter.attention.norms import find_norm
 from rewriter.attention.operands import Operand, slots
+from rewriter.attention.recipes import stored
 from rewriter.attention.rotary import Turned, find_turn
 from rewriter.attention.trace import VIEWS, Trace, close, inputs_of, outputs_of
 from rewriter.attention.views import HeadLayout, View, head_layout, view_between
@@ -62,9 +63,9 @@ def _raise_cached(trace: Trace, operand: Operand) -> Raised | None:
         if inner.projection.head_of != tuple(range(shape[1])):
             raise Refused("cache-heads", "heads are repeated before the cache")
         factor = turned.factor
-        if inner.factor != 1.0:
+        if inner.factor != 1.0 and inner.linear:
             # the cache holds the scaled values, so the weights must make them
-            inner = replace(inner, projection=_scaled(inner.projection, inner.factor), factor=1.0)
+            inner = replace(inner, projection=_scaled(inner.linear, inner.projection, inner.factor), factor=1.0)
         projection = replace(inner.projection, past=past, present=present, head_of=turned.head_of)
         return replace(inner, projection=projection, factor=factor)
     return None
@@ -98,7 +99,7 @@ def _is_output(trace: Trace, name: str) -> bool:
     return name in trace.outputs or any(copy in trace.outputs for copy in copies)
 
 
-def _scaled(projection: Projection, factor: float) -> Projection:
+def _scaled(linear: Linear, projection: Projection, factor: float) -> Projection:
     if projection.norm is not None:
         bias = projection.norm.bias_D
         norm = replace(
@@ -111,7 +112,7 @@ def _scaled(projection: Projection, factor: float) -> Projection:
     bias_GD = projection.bias_GD
     return replace(
         projection,
-        weight_CGD=stored(np.float64(factor) * projection.weight_CGD, projection.weight_CGD.dtype),
+        weight_CGD=linear.scaled(projection.weight_CGD, factor),
         bias_GD=None if bias_GD is None else stored(np.float64(factor) * bias_GD, bias_GD.dtype),
     )
 
@@ -154,7 +155,7 @@ def _projection(
         bias_GD = bias_GD + linear.bias_N[order_GD]
     return Projection(
         source=linear.source,
-        weight_CGD=stored(linear.weight_CN[:, order_GD], linear.dtype),
+        weight_CGD=linear.columns(order_GD),
         bias_GD=stored(bias_GD, linear.dtype) if bias_GD.any() else None,
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,
@@ -197,7 +198,7 @@ def _turned(
     factor = turned.factor * view.factor
     if norm is not None:
         # a norm is not linear: what scales its input stays in the weights
-        projection = _scaled(projection, view.factor) if view.factor != 1.0 else projection
+        projection = _scaled(linear, projection, view.factor) if view.factor != 1.0 else projection
         bias_D = None if norm.bias_D is None else stored(norm.bias_D, linear.dtype)
         norm = HeadNorm(norm.kind, stored(norm.gain_D, linear.dtype), bias_D, norm.epsilon)
         factor = turned.factor

@@ -1,33 +1,37 @@
 """Finds every attention and feed-forward block of a graph by what it computes.
 
-Structure proposes, intervention decides: the graph is run on small feeds, once with its own weights and once with
-noise on them, and every claim about a region is a claim about values that were replaced and moved. What is claimed is
-then lowered and compared with the original (`rewriter.attention.identity`). No operator sequence is ever matched.
+Structure proposes, intervention decides: the graph is run on small feeds, and every claim about a region is a claim
+about values that were replaced and moved. What is claimed is then lowered and compared with the original
+(`rewriter.attention.judge`). No operator sequence is ever matched. Large weights are never read: drawn numbers stand in
+for them while a region is probed, and the sites hold views of the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from rewriter.attention.feed_forward import raise_feed_forward
-from rewriter.attention.feeds import draw, roles, size_choices
-from rewriter.attention.identity import Check, promote
-from rewriter.attention.lower import result_of
-from rewriter.attention.shake import shaken
+from rewriter.attention.feeds import usable_feeds
+from rewriter.attention.judge import Judge
+from rewriter.attention.native import Native
+from rewriter.attention.paths import Paths
+from rewriter.attention.recipes import with_own_weights
 from rewriter.attention.shapes import remember
 from rewriter.attention.sites import raise_anchor
-from rewriter.attention.trace import Trace, label
+from rewriter.attention.trace import Trace, drawn, label
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import AttentionSite, FeedForwardSite, Recognition, Site, Unrecognised
-from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph
 
-Feeds = dict[str, np.ndarray]
+# what odd graphs make numpy and torch raise; each becomes a refusal that names the node
+_FAILURES = (UserError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> Recognition:
@@ -37,86 +41,74 @@ def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, s
     the inputs are used for. A graph that takes neither gives no sites, and names its softmaxes as unrecognised.
     Raises `DataError` if an input is missing from `feeds`.
     """
-    own = Interpreter(graph, dtype=torch.float64)
-    runs = _feeds(own, graph, feeds, seed)
-    if runs is None:
-        return _nothing(graph)
-    first = Trace(graph, runs[0], own)
-    noisy = Trace(graph, runs[0], shaken(graph, seed), first)
-    second = Trace(graph, runs[1], own, first)
-    noisy_second = Trace(graph, runs[1], noisy.interpreter, first)
-    remember(graph, *({name: tuple(t.shape) for name, t in trace.env.items()} for trace in (first, second)))
-    found, unrecognised = raise_all(first)
-    others, _ = raise_all(noisy)
-    sites, with_noise = (_by_result(some) for some in (found, others))
-    ids = {result: site.id for result, site in sites.items()}
-    with_noise = {result: replace(site, id=ids.get(result, site.id)) for result, site in with_noise.items()}
-    checks = [
-        Check(first, sites, shaken=False, hostile=False),
-        Check(noisy, with_noise, shaken=True, hostile=False),
-        Check(second, sites, shaken=False, hostile=True),
-        Check(noisy_second, with_noise, shaken=True, hostile=True),
-    ]
-    return _recognition(promote(graph, found, checks, runs[2]), unrecognised)
-
-
-def _by_result(sites: tuple[Site, ...]) -> dict[str, Site]:
-    return {result_of(site): site for site in sites if result_of(site)}
-
-
-def _recognition(sites: tuple[Site, ...], unrecognised: tuple[Unrecognised, ...]) -> Recognition:
+    with _one_thread():
+        paths = Paths(graph)
+        interpreter = drawn(graph, paths)
+        runs = usable_feeds(interpreter, paths, feeds, seed)
+        if runs is None:
+            return _nothing(graph)
+        first, second, third = runs
+        remember(graph, first.shapes, second.shapes)
+        trace = Trace(graph, first.feeds, interpreter)
+        judge = Judge(trace, second.feeds, seed, raise_site)
+        sites, unrecognised = _judged(trace, judge)
+        native = Native(graph, paths)
+        sites = [with_own_weights(site, trace.recipes, native.matrix) for site in judge.together(sites, third.feeds)]
     attention = tuple(site for site in sites if isinstance(site, AttentionSite))
     feed_forward = tuple(site for site in sites if isinstance(site, FeedForwardSite))
     return Recognition(attention, feed_forward, unrecognised)
 
 
-def raise_all(trace: Trace) -> tuple[tuple[Site, ...], tuple[Unrecognised, ...]]:
-    """Every site of a run in data-flow order, with ids, and the anchors that were not understood."""
-    attention: list[AttentionSite] = []
-    feed_forward: list[FeedForwardSite] = []
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors here are small: a second thread costs several times what it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def raise_site(trace: Trace, node: ir.Node) -> Site | None:
+    """The site whose anchor is this node: a softmax or attention operator, or the last linear of a feed-forward.
+
+    None for nodes that are none; raises `Refused` for what looks like attention but is not understood.
+    """
+    try:
+        return raise_anchor(trace, node) or raise_feed_forward(trace, node)
+    except Refused:
+        raise
+    except _FAILURES as problem:
+        raise Refused("probe-failed", f"{type(problem).__name__}: {problem}", (label(node),)) from problem
+
+
+def _judged(trace: Trace, judge: Judge) -> tuple[list[Site], tuple[Unrecognised, ...]]:
+    """Every site in data-flow order, with ids, each judged on its own; and the anchors that were not understood."""
+    found: list[Site] = []
     unrecognised = []
+    before = 0
     for node in trace.nodes:
         try:
-            site = raise_anchor(trace, node)
+            site = raise_site(trace, node)
         except Refused as problem:
             unrecognised.append(Unrecognised(label(node), problem.refusal))
             continue
         if site is not None:
-            attention.append(site)
-            continue
-        block = raise_feed_forward(trace, node)
-        if block is not None:
-            feed_forward.append(block)
-    attention.sort(key=lambda site: site.order)
-    named: list[Site] = [replace(site, id=f"layers.{i}.attention") for i, site in enumerate(attention)]
-    named += [replace(block, id=f"layers.{i}.feed_forward") for i, block in enumerate(feed_forward)]
-    return tuple(sorted(named, key=lambda site: site.order)), tuple(unrecognised)
+            found.append(judge.judge(site, node))
+            judge.forget(before)
+            before = trace.paths.index[id(node)]
+    return _named(found), tuple(unrecognised)
 
 
-def _feeds(
-    interpreter: Interpreter, graph: OnnxGraph, example: Mapping[str, np.ndarray] | None, seed: int
-) -> list[Feeds] | None:
-    """Feeds of three sizes that the graph takes, the second and third with hostile masks; None if it takes none."""
-    known, found = roles(graph), []
-    if example is not None:
-        interpreter.bind(example)  # raises for missing inputs
-    for round_ in range(3):
-        drawn = (draw(graph, sizes, known, seed + round_, round_ > 0, example) for sizes in size_choices(graph, round_))
-        usable = next((feeds for feeds in drawn if _takes(interpreter, feeds)), None)
-        if usable is None and example is not None:
-            usable = dict(example)
-        if usable is None:
-            return None
-        found.append(usable)
-    return found
-
-
-def _takes(interpreter: Interpreter, feeds: Feeds) -> bool:
-    try:
-        interpreter.run(feeds)
-    except UserError:
-        return False
-    return True
+def _named(sites: list[Site]) -> list[Site]:
+    counts = {"attention": 0, "feed_forward": 0}
+    named = []
+    for site in sorted(sites, key=lambda site: site.order):
+        kind = "attention" if isinstance(site, AttentionSite) else "feed_forward"
+        named.append(replace(site, id=f"layers.{counts[kind]}.{kind}"))
+        counts[kind] += 1
+    return named
 
 
 def _nothing(graph: OnnxGraph) -> Recognition:

@@ -104,7 +104,7 @@ def _tables(trace: Trace, source: str, target: str) -> list[str]:
         if node.op_type == "RotaryEmbedding":
             found += names[1:3] if len(names) == 3 or not names[3] else []
         elif node.op_type == "Mul":
-            found += [n for n in names if n not in inside and len(trace.shape(n)) >= 2 and trace.env[n].numel() > 1]
+            found += [n for n in names if n not in inside and len(trace.shape(n)) >= 2 and trace.size(n) > 1]
     return list(dict.fromkeys(found))[:6]
 
 

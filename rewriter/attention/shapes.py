@@ -91,7 +91,7 @@ def free_shapes(original: OnnxGraph, graph: OnnxGraph) -> None:
         if source in shapes[0] and source in shapes[1]:
             axes = _named_axes(graph, paths, _above(paths, [source], True) & really, shapes)
             _rebuild(builder, node, list(zip(shapes[0][source], shapes[1][source], strict=True)), axes)
-    install(graph, builder)
+    install(graph, builder, {str(value.name): value for value in graph.values()})
 
 
 def _named_axes(
@@ -136,14 +136,18 @@ def _size(builder: Builder, pair: tuple[int, int], axes: dict[tuple[int, int], t
     return None
 
 
-def install(graph: OnnxGraph, builder: Builder) -> None:
-    """Put the builder's nodes and constants into the graph; values of the same name are replaced."""
+def install(graph: OnnxGraph, builder: Builder, known: dict[str, ir.Value]) -> None:
+    """Put the builder's nodes and constants into the graph; values of the same name are replaced.
+
+    `known` holds the graph's values by name, and is kept up to date.
+    """
     inner = graph.model.graph
     for name in builder.constants:
         inner.register_initializer(builder.value(name))
-    made = [(value, graph.value(str(value.name))) for node in builder.nodes for value in node.outputs
-            if value.name and graph.has(str(value.name))]  # fmt: skip
-    for value, old in made:
+    made = [value for node in builder.nodes for value in node.outputs if value.name]
+    replaced = [(value, known[str(value.name)]) for value in made if str(value.name) in known]
+    known.update((str(value.name), value) for value in made)
+    for value, old in replaced:
         value.type, value.shape = old.type or value.type, old.shape or value.shape
         old.name = f"{old.name}/replaced"
         old.replace_all_uses_with(value, replace_graph_outputs=True)

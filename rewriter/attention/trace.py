@@ -13,6 +13,9 @@ import onnx_ir as ir
 import torch
 
 from rewriter.attention.paths import Paths
+from rewriter.attention.recipes import Ledger
+from rewriter.attention.values import Values
+from rewriter.attention.weights import Weights
 from rewriter.core.site import Array
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, reads
@@ -69,6 +72,11 @@ def label(node: ir.Node) -> str:
     return node.name or (outputs_of(node) or [node.op_type])[0]
 
 
+def drawn(graph: OnnxGraph, paths: Paths, noise: int | None = None) -> Interpreter:
+    """A float64 interpreter with drawn numbers in place of large matrices, with noise on the others if asked for."""
+    return Interpreter(graph, torch.float64, constants=Weights(graph, paths, noise))
+
+
 class Trace:
     """A graph, the values of one run (float64), its producers and consumers, and partial re-execution.
 
@@ -84,9 +92,10 @@ class Trace:
         like: Trace | None = None,
     ) -> None:
         self.graph, self.feeds = graph, dict(feeds)
-        self.interpreter = interpreter or Interpreter(graph, dtype=torch.float64)
-        self.env: dict[str, torch.Tensor] = {**self.interpreter.constants, **self.interpreter.run(feeds, taps="all")}
         self.paths: Paths = like.paths if like else Paths(graph)
+        self.interpreter = interpreter or drawn(graph, self.paths)
+        self.env = Values(self.interpreter, self.paths, feeds)
+        self.recipes: Ledger = {}
         self.nodes, self.producer, self.consumers = self.paths.nodes, self.paths.producer, self.paths.consumers
         self.outputs = {spec.name for spec in graph.outputs}
         self.inputs = {spec.name for spec in graph.inputs}
@@ -95,7 +104,7 @@ class Trace:
         self.fixed, self.shaped = (like.fixed, like.shaped) if like else self._constancy()
 
     def _constancy(self) -> tuple[set[str], set[str]]:
-        fixed = {name for name in self.interpreter.constants if name not in self.inputs}
+        fixed = {name for name in self.graph.model.graph.initializers if name not in self.inputs}
         shaped = set(fixed)
         for node in self.nodes:
             names = reads(node)
@@ -108,15 +117,22 @@ class Trace:
 
     def value(self, name: str) -> Array:
         """The recorded value as numpy (floats are float64)."""
-        return np.asarray(self.env[name].detach().numpy())
+        tensor = self.env[name]
+        return np.asarray((tensor.double() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the recorded value."""
-        return tuple(self.env[name].shape)
+        return self.env.shape(name)
 
     def floating(self, name: str) -> bool:
         """Whether the value holds floating-point numbers."""
-        return name in self.env and self.env[name].is_floating_point()
+        if name not in self.env.shapes and name in self.env:
+            self.env.shape(name)
+        return name in self.env.floats
+
+    def size(self, name: str) -> int:
+        """Number of elements of the recorded value."""
+        return int(np.prod(self.shape(name)))
 
     def position(self, name: str) -> int:
         """Topological index of the producer; -1 for inputs and constants."""
@@ -162,6 +178,11 @@ class Trace:
         if name in self.fixed:
             return True
         return name in self.shaped and self.floating(name) and self.original_initializer(name) in self.fixed
+
+    def drawn(self, name: str) -> bool:
+        """Whether a weight's numbers are drawn, not the model's."""
+        constants = self.interpreter.constants
+        return isinstance(constants, Weights) and self.original_initializer(name) in constants.drawn
 
     def linear(self, node: ir.Node) -> tuple[int, str] | None:
         """(position of the data input, name of the weight) if the node multiplies data by a constant weight."""

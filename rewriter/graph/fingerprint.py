@@ -39,7 +39,7 @@ def _graph(digest: Any, graph: ir.Graph) -> None:
         _text(digest, *[None if value is None else value.name for value in node.inputs])
         _text(digest, *[value.name for value in node.outputs])
         for name in sorted(node.attributes):
-            _attribute(digest, node.attributes[name])
+            digest_attribute(digest, node.attributes[name])
 
 
 def _values(digest: Any, label: str, values: Iterable[ir.Value]) -> None:
@@ -47,7 +47,8 @@ def _values(digest: Any, label: str, values: Iterable[ir.Value]) -> None:
         _text(digest, label, value.name, value.dtype, value.shape)
 
 
-def _attribute(digest: Any, attribute: ir.Attr) -> None:
+def digest_attribute(digest: Any, attribute: ir.Attr) -> None:
+    """Add an attribute of a node to a hash."""
     _text(digest, "attribute", attribute.name, attribute.type)
     if attribute.is_ref():
         _text(digest, attribute.ref_attr_name)

@@ -17,6 +17,7 @@ from rewriter.graph.onnx import OnnxGraph, TensorSpec, reads
 from rewriter.graph.operators.registry import Call, Environment, Implementation, decode, find
 from rewriter.graph.tensors import to_torch
 
+_ORDINARY = (torch.float16, torch.bfloat16, torch.float32)
 Feeds = Mapping[str, np.ndarray | Tensor]
 
 
@@ -32,23 +33,42 @@ class _Step:
     reads: tuple[str, ...]  # inputs and what subgraphs take from outside
 
 
+class _Values(dict[str, Tensor]):
+    """Values by name over constants, which are looked up only when asked for."""
+
+    def __init__(self, constants: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.constants = constants
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.constants[name]
+
+
 class Interpreter:
     """Evaluates one graph, and nodes on top of it.
 
     `dtype` (usually ``torch.float64``) replaces every float dtype: of initialisers, constants, inputs and targets of
     casts. With `requires_grad` every float initialiser of rank >= 1 is a leaf that collects gradients; otherwise runs
     are under ``torch.inference_mode``. `constants` holds the initialisers by name; they share the model's memory.
+    A mapping given in their place is asked only for what a run reads, so that it may make them one by one.
     Raises `UnsupportedOperator` for an operator it does not know, on construction. The graph must not be edited
     afterwards.
     """
 
-    def __init__(self, graph: OnnxGraph, dtype: torch.dtype | None = None, requires_grad: bool = False) -> None:
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        dtype: torch.dtype | None = None,
+        requires_grad: bool = False,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.graph, self.dtype, self.requires_grad = graph, dtype, requires_grad
-        self.constants: dict[str, Tensor] = self._load_constants(graph.model.graph)
+        loaded = self._load_constants(graph.model.graph) if constants is None else {}
         if requires_grad:
-            for name, tensor in self.constants.items():
+            for name, tensor in loaded.items():
                 if tensor.is_floating_point() and tensor.ndim >= 1:
-                    self.constants[name] = tensor.clone().requires_grad_(True)
+                    loaded[name] = tensor.clone().requires_grad_(True)
+        self.constants: Mapping[str, Tensor] = loaded if constants is None else constants
         self._steps: dict[int, _Step] = {}
         self._plans: dict[tuple[str, ...], list[ir.Node]] = {}
         self._subgraph_constants: dict[int, tuple[ir.Graph, dict[str, Tensor]]] = {}
@@ -68,7 +88,7 @@ class Interpreter:
         env = self.bind(feeds)
         self.run_nodes(self._nodes if everything else self._plan(wanted), env, None if everything else wanted)
         if everything:
-            return {name: value for name, value in env.items() if name not in self.constants or name in wanted}
+            return {**env, **{name: env[name] for name in wanted}}
         return {name: env[name] for name in wanted}
 
     def _plan(self, wanted: list[str]) -> list[ir.Node]:
@@ -79,7 +99,7 @@ class Interpreter:
 
     def bind(self, feeds: Feeds) -> Environment:
         """Checked inputs plus constants: the environment in which nodes run."""
-        env = dict(self.constants)
+        env = _Values(self.constants)
         for spec in self.graph.inputs:
             if spec.name not in feeds:
                 raise DataError(f"the model's input {spec.name!r} is missing", f"Give {spec}")
@@ -122,10 +142,15 @@ class Interpreter:
                 for name in dead.get(index, ()):
                     env.pop(name, None)
 
+    def forget(self, nodes: Iterable[ir.Node]) -> None:
+        """Let go of nodes that do not belong to the graph and were run on top of it."""
+        for node in nodes:
+            self._steps.pop(id(node), None)
+
     def _run_step(self, step: _Step, env: Environment) -> None:
         try:
             inputs = [env[name] if name else None for name in step.inputs]
-            scope = (env,) if step.implementation.scoped else ()
+            scope = ({name: env[name] for name in step.reads},) if step.implementation.scoped else ()
             result = step.implementation.function(step.call, *scope, *inputs)
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as problem:
             raise _failure(step, env, problem) from problem
@@ -135,7 +160,7 @@ class Interpreter:
             if name and tensor is None:
                 raise _failure(step, env, ValueError(f"output {index} ({name!r}) is not computed"))
             if tensor is not None and name:
-                env[name] = tensor
+                env[name] = tensor.to(self.dtype) if self.dtype and tensor.dtype in _ORDINARY else tensor
 
     def _step(self, node: ir.Node) -> _Step:
         step = self._steps.get(id(node))

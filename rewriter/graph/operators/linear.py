@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import scipy.fft
 import torch
 from torch import Tensor
 
 from rewriter.graph.operators.registry import Call, operator
 
+SMALLEST_HANKEL = 4096
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """numpy's matmul. A Hankel matrix (``h[i, j]`` depends on i + j alone, and lies in memory as a vector) multiplies
+    in N log N: recognition puts such matrices in the place of large weights."""
+    if hankel(y) and x.ndim >= 2:
+        return _times_hankel(x, y)
+    if hankel(x) and y.ndim >= 2:
+        return _times_hankel(y.transpose(-1, -2), x.T).transpose(-1, -2)
+    return torch.matmul(x, y)
+
+
+def hankel(matrix: Tensor) -> bool:
+    """Whether a matrix is a large Hankel matrix by the way it lies in memory."""
+    return matrix.ndim == 2 and matrix.stride() == (1, 1) and matrix.numel() >= SMALLEST_HANKEL
+
+
+def _times_hankel(x: Tensor, hankel_CN: Tensor) -> Tensor:
+    """The correlation of every row of x with the vector behind the matrix."""
+    rows, columns = hankel_CN.shape
+    length = scipy.fft.next_fast_len(rows + columns - 1, real=True)
+    line = hankel_CN.as_strided((rows + columns - 1,), (1,))
+    spectrum = torch.fft.rfft(x, length).conj() * torch.fft.rfft(line, length)
+    return torch.fft.irfft(spectrum, length)[..., :columns]
+
 
 @operator("MatMul")
 def matmul(call: Call, x: Tensor, y: Tensor) -> Tensor:
     """numpy's matmul."""
-    return torch.matmul(x, y)
+    return product(x, y)
 
 
 @operator("Gemm")
@@ -19,7 +46,7 @@ def gemm(call: Call, x: Tensor, y: Tensor, c: Tensor | None = None) -> Tensor:
     """``alpha * x @ y + beta * c`` with optional transposes."""
     x, y = (x.T if call.get("transA") else x), (y.T if call.get("transB") else y)
     alpha, beta = call.get("alpha", 1.0), call.get("beta", 1.0)
-    result = x @ y
+    result = product(x, y)
     result = result if alpha == 1.0 else (alpha * result).to(result.dtype)
     if c is None or beta == 0.0:
         return result
