@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from rewriter.attention.build import Builder
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, Rotary
+from rewriter.core.site import AttentionSite, FeedForwardSite, Precision, Projection, Rotary
 
 
 def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | FeedForwardSite) -> None:
@@ -31,7 +31,7 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
     if site.output is None:
         raise Refused("no-output", "the output projection is not known", site.nodes)
     query, key, value = (
-        _operand(b, projection, role)
+        _operand(b, projection, role, site.precision)
         for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
     )
     bias = _bias(b, paths, site, query, key)
@@ -62,7 +62,7 @@ def _output(b: Builder, site: AttentionSite) -> None:
     if output.bias_C is not None:
         inputs.append(b.constant(output.bias_C, "output.bias"))
     last = output.value if output.rank == 3 and not output.time_first else ""
-    result = b.declare(b.composite("Linear", *inputs, output=last), None, None, width)
+    result = b.declare(_linear(b, inputs, site.precision, last), None, None, width)
     if output.time_first:
         last = output.value if output.rank == 3 else ""
         result = b.op("Transpose", result, output=last, perm=[1, 0, 2])
@@ -73,7 +73,12 @@ def _output(b: Builder, site: AttentionSite) -> None:
         b.op("Reshape", result, b.joined([lead, b.ints(width)]), output=output.value)
 
 
-def _operand(b: Builder, projection: Projection, role: str) -> str:
+def _linear(b: Builder, inputs: Sequence[str], precision: Precision, output: str = "", **attributes: str) -> str:
+    rounding = {} if precision == "fp32" else {"precision": precision}
+    return b.composite("Linear", *inputs, output=output, **attributes, **rounding)
+
+
+def _operand(b: Builder, projection: Projection, role: str, precision: Precision) -> str:
     if projection.opaque:
         kind, order = ("Transpose", {"perm": [0, 1, 3, 2]}) if projection.opaque_transposed else ("Identity", {})
         name = b.op(kind, projection.opaque, output=f"{b.prefix}/{role}", **order)
@@ -91,8 +96,8 @@ def _operand(b: Builder, projection: Projection, role: str) -> str:
         inputs.append(b.constant(projection.bias_GD.reshape(-1), f"{role}.bias"))
     steps = [step for step in ("norm", "rotary", "past", "present") if getattr(projection, step)]
     if not steps:
-        return b.declare(b.composite("Linear", *inputs, output=f"{b.prefix}/{role}"), None, None, heads * dim)
-    flat = b.declare(b.composite("Linear", *inputs), None, None, heads * dim)
+        return b.declare(_linear(b, inputs, precision, f"{b.prefix}/{role}"), None, None, heads * dim)
+    flat = b.declare(_linear(b, inputs, precision), None, None, heads * dim)
     return b.declare(_beyond_linear(b, projection, flat, heads, role), None, heads, None, dim)
 
 
@@ -201,7 +206,7 @@ def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForward
         up.append(b.constant(site.up_bias_F, "up.bias"))
     gated = site.gate_CF is not None
     hidden = f"{site.id}/hidden"
-    acted = b.composite("Linear", *up, output=hidden if named and not gated else "", activation=activation)
+    acted = _linear(b, up, site.precision, hidden if named and not gated else "", activation=activation)
     if site.rank == 3:
         b.declare(acted, None, None, site.width)
     if not named:
@@ -214,11 +219,11 @@ def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForward
         gate = [site.source, b.constant(site.gate_CF, "gate.weight")]
         if site.gate_bias_F is not None:
             gate.append(b.constant(site.gate_bias_F, "gate.bias"))
-        b.op("Mul", acted, b.composite("Linear", *gate), output=hidden)
+        b.op("Mul", acted, _linear(b, gate, site.precision), output=hidden)
     down = [hidden, b.constant(site.down_FC, "down.weight")]
     if site.down_bias_C is not None:
         down.append(b.constant(site.down_bias_C, "down.bias"))
     if site.rank != 2:
-        b.composite("Linear", *down, output=site.output)
+        _linear(b, down, site.precision, site.output)
         return
-    b.op("Reshape", b.composite("Linear", *down), b.ints(-1, site.down_FC.shape[1]), output=site.output)
+    b.op("Reshape", _linear(b, down, site.precision), b.ints(-1, site.down_FC.shape[1]), output=site.output)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rewriter.core.refusal import Refusal
 
 Array = NDArray[Any]
+Precision = Literal["fp32", "bf16", "int8"]  # what the operands of a sub-block's linear layers are rounded to
 
 
 class State(StrEnum):
@@ -178,6 +179,7 @@ class AttentionSite:
     `mask` and `position` are classifications for people and passes; the truth is in `bias`, `rotary` and the graph.
     `escapes` lists values inside the region that something outside reads (probabilities, queries, keys, values).
     `example_shape` has the sizes (B, S, T) met while raising, `order` the position of the site in the data flow.
+    `precision` rounds the operands of every projection; scores and what follows them stay as they are.
     """
 
     id: str
@@ -200,6 +202,7 @@ class AttentionSite:
     problems: tuple[Refusal, ...] = ()
     example_shape: tuple[int, int, int] = (0, 0, 0)
     order: int = 0
+    precision: Precision = "fp32"
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -248,6 +251,7 @@ class FeedForwardSite:
     `activation` is a known name (``gelu``, ``gelu_tanh``, ``quick_gelu``, ``relu``, ``silu``, ``tanh``, ``identity``)
     or ``path``: the graph's own element-wise nodes from `path_start` to `path_end` are copied. `source` has a batch
     axis where the graph has one; `rank` is that of the output, 2 where batch and tokens are merged in it.
+    `precision` rounds the operands of every product.
     """
 
     id: str
@@ -270,6 +274,7 @@ class FeedForwardSite:
     problems: tuple[Refusal, ...] = ()
     example_shape: tuple[int, int] = (0, 0)
     order: int = 0
+    precision: Precision = "fp32"
 
     @property
     def width(self) -> int:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Which processor flag stands for the dot products of a number format: AVX-512 forms on vectors of 16 words.
+PRECISION_FEATURES: Mapping[str, str] = {"bf16": "avx512_bf16", "int8": "avx512_vnni"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -29,6 +32,10 @@ class Target:
     l3_bytes: int
     features: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    def multiplies(self, precision: str) -> bool:
+        """Whether the processor has instructions that multiply numbers of this format (fp32, bf16, int8)."""
+        return precision == "fp32" or PRECISION_FEATURES.get(precision) in self.features
 
     def key(self) -> dict[str, Any]:
         """What makes measurements on two targets comparable: everything but where the facts were read."""

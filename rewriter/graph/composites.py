@@ -15,6 +15,7 @@ import onnx_ir as ir
 COMPOSITE_DOMAIN = "rewriter"
 COMPOSITE_VERSION = 1
 ACTIVATION_NAMES = ("", "identity", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Signature:
 
 _ROLES = ("query", "key", "value")
 SIGNATURES: dict[str, Signature] = {
-    "Linear": Signature((2, 3), (), ("activation",)),
+    "Linear": Signature((2, 3), (), ("activation", "precision")),
     "SplitHeads": Signature((1, 1), ("heads",)),
     "Attention": Signature(
         (3, 4),
@@ -45,7 +46,9 @@ def composite(
 ) -> ir.Node:
     """A composite node whose single output is named `output`; not yet part of a graph.
 
-    - ``Linear(x, weight_CN, bias_N?)``, `activation`: ``act(x @ W + b)``, x with any leading axes.
+    - ``Linear(x, weight_CN, bias_N?)``, `activation`, `precision`: ``act(x @ W + b)``, x with any leading axes.
+      `precision` says how the operands of the product are rounded: fp32 (default), bf16 (to nearest, fp32 sums), int8
+      (127 levels of either sign, by the largest magnitude of each column of W and each row of x; exact sums).
     - ``SplitHeads(x_BSN)``, `heads`: (B, heads, S, N / heads).
     - ``Attention(query, key, value, bias?)`` -> (B, S, H * Dv): ``softmax(cap(scale * Q K^T) + bias) V``. Operands of
       rank 3 are (B, tokens, G * D), of rank 4 (B, G, tokens, D). `heads` is H, `query_heads`, `key_heads`,
@@ -101,6 +104,8 @@ def composite_problems(node: ir.Node) -> Iterator[str]:
         yield from _head_problems(node, label)
     if node.op_type == "Linear" and _text(node, "activation", "") not in ACTIVATION_NAMES:
         yield f"{label} has the unknown activation {_text(node, 'activation', '')!r}"
+    if node.op_type == "Linear" and _text(node, "precision", "fp32") not in PRECISIONS:
+        yield f"{label} has the unknown precision {_text(node, 'precision', 'fp32')!r}"
 
 
 def _head_problems(node: ir.Node, label: str) -> Iterator[str]:

@@ -78,6 +78,12 @@ class Emitter:
             return self.op("ReduceMean", x, self.ints(-1), keepdims=1)
         return self.op("ReduceMean", x, axes=[-1], keepdims=1)
 
+    def reduce_max(self, x: ir.Value) -> ir.Value:
+        """Maximum over the last axis, which is kept."""
+        if self.opset >= 18:
+            return self.op("ReduceMax", x, self.ints(-1), keepdims=1)
+        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+
     def unsqueeze(self, x: ir.Value, axis: int) -> ir.Value:
         """One more axis."""
         return self.op("Unsqueeze", x, self.ints(axis)) if self.opset >= 13 else self.op("Unsqueeze", x, axes=[axis])

@@ -7,7 +7,7 @@ those axes (0) and name only heads and dims, which are constants of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.emitter import Emitter, Names
 from rewriter.runtimes.shapes import declare, dtype_of, sizes_of
 from rewriter.runtimes.standard_attention import attention, split_heads
+from rewriter.runtimes.standard_precision import rounded_product
 
 Form = Literal["decomposed", "attention"]
 
@@ -38,10 +39,21 @@ def to_standard(graph: OnnxGraph, form: Form = "decomposed") -> OnnxGraph:
             declare(node.outputs[0])
         for node in composites:
             emitter = Emitter(node, graph.opset, names, constants)
+            reads = [value for value in node.inputs if value is not None]
             emitter.replace(_expand(emitter, form))
+            _drop_idle(part, reads)
         part.opset_imports.pop(COMPOSITE_DOMAIN, None)
     result.model.opset_imports.pop(COMPOSITE_DOMAIN, None)
     return OnnxGraph(result.model, graph.path)
+
+
+def _drop_idle(part: ir.Graph, values: Iterable[ir.Value]) -> None:
+    """Initialisers that the composite alone read go: what was written out holds them in another form."""
+    for value in values:
+        name = value.name or ""
+        idle = not value.uses() and not value.is_graph_input() and not value.is_graph_output()
+        if idle and part.initializers.get(name) is value:
+            part.initializers.pop(name)
 
 
 def _expand(emitter: Emitter, form: Form) -> ir.Value:
@@ -61,7 +73,11 @@ def _linear(emitter: Emitter) -> ir.Value:
     """``act(x @ W + b)``, as `Gemm` where x is known to be a matrix and there is a bias."""
     x, weight_CN, bias_N = _operands(emitter)[:3]
     assert x is not None and weight_CN is not None
-    if bias_N is not None and x.shape is not None and len(x.shape) == 2:
+    precision = emitter.node.attributes.get_string("precision", "fp32")
+    if precision != "fp32":
+        y = rounded_product(emitter, x, weight_CN, precision, dtype_of(weight_CN))
+        y = y if bias_N is None else emitter.op("Add", y, bias_N)
+    elif bias_N is not None and x.shape is not None and len(x.shape) == 2:
         y = emitter.op("Gemm", x, weight_CN, bias_N)
     else:
         y = emitter.op("MatMul", x, weight_CN)

@@ -12,6 +12,8 @@ from rewriter.core.rewrite import Pass
 from rewriter.core.site import Site
 from rewriter.core.target import Target
 
+_ON_REQUEST = frozenset({"precision"})  # number formats are what --precision asks for, or --passes by name
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -31,7 +33,7 @@ def select_passes(text: str | None) -> Selection:
     """From ``a,b{x=1}``; None means all. Raises `OptionError` that lists the passes there are."""
     known = discover()
     if text is None:
-        return Selection(known, {})
+        return Selection({name: one for name, one in known.items() if name not in _ON_REQUEST}, {})
     asked = {option.name: option for option in parse_options(text)}
     unknown = [name for name in asked if name not in known]
     if unknown or not asked:

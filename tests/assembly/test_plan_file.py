@@ -115,3 +115,16 @@ def test_missing_places(tmp_path: Path) -> None:
         load_plan(tmp_path / "nowhere" / "plan.json")
     with pytest.raises(OutputError):
         save_plan(tmp_path / "nowhere", graph, Plan(), found.sites, [])
+
+
+def test_number_formats_travel_with_the_plan(tmp_path: Path) -> None:
+    graph, found = model("bert")
+    plan = Plan.parse("\n".join(f"precision{{dtype=int8}}@{site.id}" for site in found.sites[:2]))
+    sites = list(assemble(graph, found.sites, plan, PASSES, feeds(graph, 0, 4)).sites.values())
+    assert [site.precision for site in sites[:3]] == ["int8", "int8", "fp32"]
+    save_plan(tmp_path, graph, plan, found.sites, sites)
+    _, restored = restore(graph, found.sites, tmp_path)
+    lowered = lower(graph, [restored.get(site.id, site) for site in found.sites])
+    rounded = [node for node in lowered.model.graph if "precision" in node.attributes]
+    assert len(rounded) == 6 and {node.attributes["precision"].as_string() for node in rounded} == {"int8"}
+    assert lowered.fingerprint() == lower(graph, sites).fingerprint()

@@ -12,6 +12,7 @@ import torch
 from rewriter.graph.composites import COMPOSITE_DOMAIN, composite, composite_problems, is_composite
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph
+from rewriter.graph.operators.number_formats import rounded_product
 from tests.graph.harness import numbers
 
 
@@ -135,3 +136,33 @@ def test_problems_of_foreign_nodes() -> None:
     node = ir.Node(COMPOSITE_DOMAIN, "SplitHeads", [ir.Value(name="x")], num_outputs=2)
     assert any("one output, not 2" in problem for problem in composite_problems(node))
     assert is_composite(node) and is_composite(node, "SplitHeads") and not is_composite(node, "Linear")
+
+
+def test_linear_in_8_bit_integers() -> None:
+    x, w, b = numbers(2, 3, 40), numbers(40, 5, seed=1), numbers(5, seed=2)
+    x[0, 1], w[:, 2] = 0.0, 0.0
+    token, column = (np.maximum(np.abs(a).max(axis, keepdims=True), 1e-30) / 127 for a, axis in ((x, -1), (w, 0)))
+    levels, weights = np.rint(x / token), np.rint(w / column)
+    assert np.abs(levels).max() == 127 and np.abs(weights).max() == 127
+    y = levels @ weights * (token * column).astype(np.float64) + b
+    np.testing.assert_allclose(run("Linear", x, w, b, precision="int8"), y, rtol=1e-6)
+
+
+def test_linear_in_bfloat16() -> None:
+    x, w = numbers(2, 3, 40), numbers(40, 5, seed=1)
+    mantissa, exponent = np.frexp(np.concatenate([x.reshape(-1, 40), w.T]).astype(np.float64))
+    rounded = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    y = (rounded[:6] @ rounded[6:].T).reshape(2, 3, 5)
+    np.testing.assert_allclose(run("Linear", x, w, precision="bf16"), y, rtol=1e-12)
+
+
+def test_sums_of_levels_are_exact_in_single_precision() -> None:
+    x, w = numbers(4, 5000), numbers(5000, 3, seed=1)
+    single = rounded_product(torch.from_numpy(x), torch.from_numpy(w), "int8")
+    double = rounded_product(torch.from_numpy(x).double(), torch.from_numpy(w).double(), "int8")
+    torch.testing.assert_close(single.double(), double, rtol=1e-6, atol=0.0)
+
+
+def test_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown precision 'int4'"):
+        run("Linear", numbers(2, 4), numbers(4, 5), precision="int4")

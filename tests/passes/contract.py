@@ -21,6 +21,7 @@ from rewriter.core.refusal import Refusal
 from rewriter.core.rewrite import Pass, output_weights
 from rewriter.core.site import AttentionSite, FeedForwardSite, Site, State
 from rewriter.core.statistics import Statistics
+from rewriter.core.target import Target
 from tests.passes.reference import (
     TARGET,
     Case,
@@ -58,6 +59,7 @@ class Contract:
     """Subclasses name the pass, cases it applies to, and sites it must refuse."""
 
     name: str
+    target: Target = TARGET
 
     def cases(self) -> list[Case]:
         """Cases the pass applies to."""
@@ -82,7 +84,7 @@ class Contract:
     def test_legal(self) -> None:
         for case in self.cases():
             facts = self.facts(case)
-            offered = self.subject.options(case.site, TARGET)
+            offered = self.subject.options(case.site, self.target)
             assert offered
             for option in offered:
                 assert_legal(self.subject.apply(case.site, option, facts), case)
@@ -90,12 +92,12 @@ class Contract:
     def test_input_is_untouched(self) -> None:
         for case in self.cases():
             before = digest(case.site)
-            self.subject.apply(case.site, self.subject.options(case.site, TARGET)[-1], self.facts(case))
+            self.subject.apply(case.site, self.subject.options(case.site, self.target)[-1], self.facts(case))
             assert digest(case.site) == before
 
     def test_options_print_and_parse(self) -> None:
         for case in self.cases():
-            for option in self.subject.options(case.site, TARGET):
+            for option in self.subject.options(case.site, self.target):
                 assert Option.parse(str(option)) == option
                 assert option.site == case.site.id and option.name == self.name
 
@@ -103,11 +105,11 @@ class Contract:
         for code, site in self.refused().items():
             refusal = self.subject.refuse(site)
             assert isinstance(refusal, Refusal) and refusal.code == code and len(refusal.why) > 10
-            assert self.subject.options(site, TARGET) == ()
+            assert self.subject.options(site, self.target) == ()
 
     def test_refused_site_cannot_be_rewritten(self) -> None:
         for site in self.refused().values():
-            option = self.subject.options(self.cases()[0].site, TARGET)[-1]
+            option = self.subject.options(self.cases()[0].site, self.target)[-1]
             with pytest.raises(OptionError):
                 self.subject.apply(site, option, None)
 
@@ -134,7 +136,7 @@ class Contract:
     def rewritten(self) -> list[Site]:
         """The strongest option on every case."""
         return [
-            self.subject.apply(case.site, self.subject.options(case.site, TARGET)[-1], self.facts(case))
+            self.subject.apply(case.site, self.subject.options(case.site, self.target)[-1], self.facts(case))
             for case in self.cases()
         ]
 
@@ -164,7 +166,7 @@ class CalibratedContract(Contract):
     def test_beats_the_naive_version(self) -> None:
         for case in self.cases():
             facts = self.facts(case)
-            for option in self.subject.options(case.site, TARGET):
+            for option in self.subject.options(case.site, self.target):
                 ours = relative_error(self.subject.apply(case.site, option, facts), case)
                 theirs = relative_error(self.naive(case, option), case)
                 assert ours <= theirs + 1e-12, (str(option), ours, theirs)
@@ -172,7 +174,7 @@ class CalibratedContract(Contract):
     def test_needs_statistics(self) -> None:
         case = self.cases()[0]
         with pytest.raises(OptionError):
-            self.subject.apply(case.site, self.subject.options(case.site, TARGET)[0], None)
+            self.subject.apply(case.site, self.subject.options(case.site, self.target)[0], None)
 
     def test_rejects_levels_the_site_does_not_have(self) -> None:
         case = self.cases()[0]
@@ -185,7 +187,7 @@ class CalibratedContract(Contract):
         for case in self.cases():
             facts = self.facts(case)
             assert facts is not None
-            option = self.subject.options(case.site, TARGET)[-1]
+            option = self.subject.options(case.site, self.target)[-1]
             mapping = self.subject.feature_map(case.site, option, facts)
             if mapping is None:
                 continue
@@ -200,7 +202,7 @@ class CalibratedContract(Contract):
             assert facts is not None
             spread = facts.regression.spread
             for option, loss in self.subject.losses(case.site, facts).items():
-                if option in self.subject.options(case.site, TARGET):
+                if option in self.subject.options(case.site, self.target):
                     real = relative_error(self.subject.apply(case.site, option, facts), case)
                     assert real - 1e-9 <= loss / spread <= 1.5 * real + 2e-2, (str(option), loss / spread, real)
 
@@ -208,7 +210,7 @@ class CalibratedContract(Contract):
         """Errors of all options, mildest first, apart for options with different parameters."""
         facts = self.facts(case)
         found: dict[tuple[str, ...], list[float]] = {}
-        for option in self.subject.options(case.site, TARGET):
+        for option in self.subject.options(case.site, self.target):
             error = relative_error(self.subject.apply(case.site, option, facts), case)
             found.setdefault(tuple(key for key, _ in option.parameters), []).append(error)
         return found

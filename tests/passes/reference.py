@@ -42,7 +42,7 @@ def features(site: Site, values: Values) -> Float:
     """The input of the output projection, (B, S, F)."""
     if isinstance(site, FeedForwardSite):
         return _hidden(site, values)
-    query, key, value = (operand(part, values) for part in (site.query, site.key, site.value))
+    query, key, value = (operand(part, values, site.precision) for part in (site.query, site.key, site.value))
     query, key, value = (
         query[:, list(site.query.head_of)],
         key[:, list(site.key.head_of)],
@@ -59,14 +59,32 @@ def features(site: Site, values: Values) -> Float:
 def output(site: Site, values: Values) -> Float:
     """The block's output, (B, S, C)."""
     weights = output_weights(site)
-    return features(site, values) @ weights[:-1] + weights[-1]
+    return product(features(site, values), weights[:-1], site.precision) + weights[-1]
 
 
-def operand(part: Projection, values: Values) -> Float:
+def product(x: Float, weight: Float, precision: str = "fp32") -> Float:
+    """``x @ weight`` with operands rounded to a number format, sums exact."""
+    if precision == "fp32":
+        return x @ weight
+    if precision == "bf16":
+        return _eight_bits(x) @ _eight_bits(weight)
+    token, column = (np.maximum(np.abs(a).max(axis, keepdims=True), 1e-30) / 127 for a, axis in ((x, -1), (weight, 0)))
+    return np.rint(x / token) @ np.rint(weight / column) * token * column
+
+
+def _eight_bits(x: Float) -> Float:
+    """Rounded to 8 bits of mantissa, ties to even: bfloat16 without its limits of range."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+
+
+def operand(part: Projection, values: Values, precision: str = "fp32") -> Float:
     """One operand of the attention, (B, G, S, D)."""
     assert part.weight_CGD is not None
     source = np.asarray(values[part.source], np.float64)
-    result = np.einsum("bsc,cgd->bgsd", source, part.weight_CGD.astype(np.float64))
+    width, heads, dim = part.weight_CGD.shape
+    flat = product(source, part.weight_CGD.reshape(width, -1).astype(np.float64), precision)
+    result = flat.reshape(*flat.shape[:2], heads, dim).transpose(0, 2, 1, 3)
     if part.bias_GD is not None:
         result = result + part.bias_GD.astype(np.float64)[:, None, :]
     if part.norm is not None:
@@ -147,7 +165,9 @@ def _rotate(x: Float, rotary: Rotary, values: Values) -> Float:
 
 def _hidden(site: FeedForwardSite, values: Values) -> Float:
     source = np.asarray(values[site.source], np.float64)
-    up = source @ site.up_CF + (0.0 if site.up_bias_F is None else site.up_bias_F)
+    up = product(source, site.up_CF.astype(np.float64), site.precision) + (
+        0.0 if site.up_bias_F is None else site.up_bias_F
+    )
     acts = {
         "relu": lambda x: np.maximum(x, 0.0),
         "silu": lambda x: x / (1.0 + np.exp(-x)),
@@ -157,7 +177,8 @@ def _hidden(site: FeedForwardSite, values: Values) -> Float:
     hidden = acts[site.activation](up)
     if site.gate_CF is None:
         return hidden
-    return hidden * (source @ site.gate_CF + (0.0 if site.gate_bias_F is None else site.gate_bias_F))
+    gate = product(source, site.gate_CF.astype(np.float64), site.precision)
+    return hidden * (gate + (0.0 if site.gate_bias_F is None else site.gate_bias_F))
 
 
 def correlated(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:

@@ -364,3 +364,33 @@ def test_unknown_composite_is_named() -> None:
     node.outputs[0].name = "y"
     with pytest.raises(UnsupportedOperator, match="Novelty"):
         to_standard(graph_of([node], [x], {}, 17))
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_linear_in_a_number_format(opset: int, precision: str) -> None:
+    constants = {"w": normal(1, 37, 10), "b": normal(2, 10)}
+    graph = single("Linear", {"x": (F32, ("B", "S", 37))}, constants, opset, precision=precision, activation="relu")
+    x = normal(3, 2, 5, 37)
+    x[0, 1] = 0.0
+    # bf16 is written out with x as it is; int8 may round a tie to the other side.
+    other = normal(4, 3, 7, 37) if precision == "bf16" else 100 * normal(4, 3, 7, 37)
+    standard = agree(graph, {"x": x}, {"x": other}, tolerance=6e-2 if precision == "bf16" else 2e-5)
+    assert ("MatMulInteger" in operators(standard)) == (precision == "int8")
+    assert "w" not in standard.model.graph.initializers and "b" in standard.model.graph.initializers
+    held = {value.dtype for value in standard.model.graph.initializers.values()}
+    assert (ir.DataType.INT8 in held) == (precision == "int8")
+
+
+def test_a_weight_that_others_read_stays_beside_its_rounded_form() -> None:
+    x, w = tensor_input("x", F32, ("B", "S", 6)), constant("w", normal(1, 6, 6))
+    first = composite("Linear", [x, w], "t", ir.DataType.FLOAT, precision="int8")
+    second = composite("Linear", [first.outputs[0], w], "y", ir.DataType.FLOAT)
+    standard = to_standard(graph_of([first, second], [x], {"w": normal(1, 6, 6)}, 20))
+    assert "w" in standard.model.graph.initializers
+
+
+def test_half_precision_is_widened_for_integers() -> None:
+    constants = {"w": normal(1, 6, 10, dtype=F16)}
+    graph = single("Linear", {"x": (F16, ("B", "S", 6))}, constants, 20, precision="int8")
+    agree(graph, {"x": normal(3, 2, 5, 6, dtype=F16)}, tolerance=2e-2)

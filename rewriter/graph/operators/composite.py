@@ -11,6 +11,7 @@ from torch.nn import functional
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.operators.attention import merge_heads, soft_cap, split_heads
 from rewriter.graph.operators.normalisation import rms
+from rewriter.graph.operators.number_formats import rounded_product
 from rewriter.graph.operators.registry import Call, operator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,7 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @operator("Linear", domain=COMPOSITE_DOMAIN)
 def linear(call: Call, x: Tensor, weight_CN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """``act(x @ W + b)``."""
+    """``act(x @ W + b)``, with x and W in a number format if `precision` names one."""
+    precision = call.get("precision", "fp32")
+    if precision != "fp32":
+        result = rounded_product(x, weight_CN, precision)
+        return ACTIVATIONS[call.get("activation", "")](result if bias_N is None else result + bias_N)
     return ACTIVATIONS[call.get("activation", "")](functional.linear(x, weight_CN.T, bias_N))
 
 

@@ -150,7 +150,8 @@ def _activation(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None
         return None
     if node.op == "Gelu" and node.attributes.get("approximate", "none") == "tanh":
         name = "gelu_tanh"
-    return replace(linear, attributes={"activation": name}, outputs=node.outputs), (linear,)
+    attributes = {**linear.attributes, "activation": name}
+    return replace(linear, attributes=attributes, outputs=node.outputs), (linear,)
 
 
 def _residual(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None:
@@ -209,14 +210,14 @@ def _split_heads(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | Non
 
 
 def pack_projections(program: Program) -> None:
-    """Linear layers of one input that only attention reads become one wide layer with windows."""
-    groups: dict[str, list[Node]] = {}
+    """Linear layers of one input and precision that only attention reads become one wide layer with windows."""
+    groups: dict[tuple[str, str], list[Node]] = {}
     windows = _window_only(program)
     for node in program.nodes:
         weight = program.constant(node.input(1)) if node.key == LINEAR else None
         plain = weight is not None and not node.attributes.get("activation") and not node.input(3)
         if plain and node.outputs[0] in windows and len(program.shape(node.inputs[0])) == 3:
-            groups.setdefault(node.inputs[0], []).append(node)
+            groups.setdefault((node.inputs[0], str(node.attributes.get("precision", ""))), []).append(node)
     for members in groups.values():
         if len(members) > 1:
             _pack(program, members)

@@ -48,6 +48,7 @@ class Lowering:
         self.lanes, self.threads = target.vector_floats, target.threads
         self.env: dict[str, Expression] = {}
         self.used: dict[str, Expression] = {}
+        self.rounded: dict[tuple[str, str], list[Expression]] = {}  # values in a number format, by name and format
 
     def lower(self, name: str, table: Mapping[str, Callable[[Lowering, Node], Any]]) -> tuple[str, ...]:
         """Add the function `name` to the module; returns the parameters it takes after the inputs, by name."""

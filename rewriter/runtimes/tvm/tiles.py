@@ -21,14 +21,14 @@ class Tiles:
 
     target: Target
     tuned: Callable[[Gemm, Tile], Tile] | None = None
-    _vectors: dict[tuple[int, int], int] = field(default_factory=dict)
+    _vectors: dict[tuple[int, int, str], int] = field(default_factory=dict)
 
     def gemm(self, spec: Gemm) -> Tile:
         """The tile of a GEMM. Buckets of one artifact agree on the panel width, so that they share packed weights."""
         tile = default_gemm(spec, self.target)
         if self.tuned is not None:
             tile = self.tuned(spec, tile)
-        vectors = self._vectors.setdefault((spec.N, spec.K), tile.vectors)
+        vectors = self._vectors.setdefault((spec.N, spec.K, spec.precision), tile.vectors)
         if vectors == tile.vectors:
             return tile
         rows = rows_for(vectors, self.target, spec.M)
@@ -76,7 +76,7 @@ def unroll_for(spec: Gemm, rows: int, vectors: int) -> int:
 
 def _block(spec: Gemm, rows: int, target: Target) -> int:
     """Rows of A that take half of L2, if such a number divides M; else 0 (all), which costs 2 % at 1024 rows."""
-    fitting = target.l2_bytes // (2 * 4 * spec.K)
+    fitting = target.l2_bytes // (2 * 4 * spec.depth)
     tiles, rest = emit.split(spec.M, rows)
     if rest or tiles * rows <= 2 * fitting:
         return 0

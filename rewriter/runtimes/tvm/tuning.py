@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from rewriter.core.target import Target
 from rewriter.runtimes.tvm.database import Subject, TuningDatabase
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile, make_gemm, pack
+from rewriter.runtimes.tvm.kernels import formats
+from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
+from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import unroll_for
 
@@ -43,7 +45,8 @@ class GemmTuner:
 
     def tile(self, spec: Gemm, default: Tile) -> Tile:
         """The best known tile for a GEMM; `default` if nothing is known and measuring is off, or nothing beats it."""
-        kernel = f"gemm:{spec.activation}:{int(spec.residual)}"
+        form = "" if spec.precision == "fp32" else f"_{spec.precision}"
+        kernel = f"gemm{form}:{spec.activation}:{int(spec.residual)}"
         subject = Subject.of(kernel, (spec.M, spec.N, spec.K), self.target)
         known = self.database.find(subject)
         if known is not None:
@@ -94,6 +97,21 @@ def _other_inputs(spec: Gemm, rng: np.random.Generator) -> tuple[NDArray[np.floa
     return a, [*rest, *([rng.standard_normal((*spec.leading, spec.N), np.float32)] if spec.residual else [])]
 
 
+def _compiled(function: Any, target: Target) -> Any:
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=tvm_target(target))["main"]
+
+
+def _activations(spec: Gemm, a: NDArray[np.float32], target: Target) -> list[Any]:
+    """The operands that a kernel of this format takes for A."""
+    if spec.precision == "fp32":
+        return [tvm.runtime.tensor(a)]
+    rounding = Quantise(a.shape, spec.precision, spec.lanes)
+    outputs = [tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in rounding.outputs]
+    _compiled(make_quantise(rounding), target)(tvm.runtime.tensor(a), *outputs)
+    return outputs
+
+
 class _Runner:
     """One compiled candidate with its rotating weights."""
 
@@ -101,12 +119,13 @@ class _Runner:
         self, spec: Gemm, tile: Tile, target: Target, weights: list[NDArray[np.float32]], rest: tuple[Any, list[Any]]
     ) -> None:
         self.tile = tile
-        module = tvm.IRModule({"gemm": make_gemm(spec, tile).with_attr("global_symbol", "gemm")})
-        self._run = tvm.compile(module, target=tvm_target(target))["gemm"]
-        first, others = tvm.runtime.tensor(rest[0]), [tvm.runtime.tensor(array) for array in rest[1]]
+        self._run = _compiled(formats.make(spec, tile), target)
+        left, others = _activations(spec, rest[0], target), [tvm.runtime.tensor(array) for array in rest[1]]
         self._out = tvm.runtime.tensor(np.zeros((*spec.leading, spec.N), np.float32))
-        packed = [tvm.runtime.tensor(pack(weight, tile.vectors * spec.lanes)) for weight in weights]
-        self._arguments = [(first, panel, *others, self._out) for panel in packed]
+        self._arguments = []
+        for weight in weights:
+            packed = formats.weight_operands(weight, spec.precision, spec.precision, tile.vectors * spec.lanes)
+            self._arguments.append((*left, *map(tvm.runtime.tensor, packed), *others, self._out))
 
     def result(self) -> NDArray[np.float32]:
         """The output on the first weights."""

@@ -23,7 +23,16 @@ def node(op: str, inputs: list[Value | None], output: str, **attributes: object)
 class Encoder:
     """Embedding, one attention and one feed-forward block with residual norms; odd sizes on purpose."""
 
-    def __init__(self, width: int = 40, heads: int = 2, hidden: int = 52, words: int = 50, seed: int = 0) -> None:
+    def __init__(
+        self,
+        width: int = 40,
+        heads: int = 2,
+        hidden: int = 52,
+        words: int = 50,
+        seed: int = 0,
+        precision: str = "fp32",
+    ) -> None:
+        self.precision = precision
         self.heads, self.nodes, self.constants, self.seed = heads, [], {}, seed
         ids = tensor_input("ids", np.int64, ("batch", "tokens"))
         bias = tensor_input("bias", np.float32, ("batch", 1, 1, "tokens"))
@@ -51,7 +60,8 @@ class Encoder:
 
     def linear(self, x: Value, name: str, columns: int, rows: int, activation: str = "") -> Value:
         inputs = [x, self.weight(f"{name}.weight", columns, rows), self.weight(f"{name}.bias", rows)]
-        return self.add(composite("Linear", inputs, name, FLOAT, activation=activation))
+        rounding = {} if self.precision == "fp32" else {"precision": self.precision}
+        return self.add(composite("Linear", inputs, name, FLOAT, activation=activation, **rounding))
 
     def block(self, x: Value, change: Value, name: str, width: int) -> Value:
         total = self.add(node("Add", [x, change], f"{name}.sum"))

@@ -22,25 +22,33 @@ _MAGIC = 1.5 * 2.0**23  # added to |v| < 2^22 it leaves round(v), ties to even, 
 class Quantise:
     """Rows over the last axis of `shape` in `precision`, padded to whole words.
 
-    int8: ``round(x * (127 / max|x|)) + 128`` as unsigned bytes, and ``max|x| / 127``, per row.
+    int8: ``round(x * (127 / max|x|)) + 128`` as unsigned bytes, and ``max|x| / 127``, per row. `unpacked` gives the
+    numbers that the words stand for, as fp32.
     """
 
     shape: tuple[int, ...]
     precision: Precision
     lanes: int = 16
     threads: int = 1
+    unpacked: bool = False
 
     @property
     def words(self) -> tuple[int, ...]:
         """Shape of the result in 32-bit words."""
         return (*self.shape[:-1], -(-self.shape[-1] // GROUP[self.precision]))
 
+    @property
+    def outputs(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """(shape, dtype) of what comes out: words, and for int8 the scales."""
+        if self.unpacked:
+            return ((self.shape, "float32"),)
+        words = (self.words, "int32")
+        return (words, (self.shape[:-1], "float32")) if self.precision == "int8" else (words,)
+
 
 def make_quantise(spec: Quantise, name: str = "quantise") -> Any:
-    """PrimFunc (x, words, scales?): the scales only for int8."""
-    outputs = [("words", spec.words, "int32")]
-    if spec.precision == "int8":
-        outputs.append(("scales", spec.shape[:-1], "float32"))
+    """PrimFunc (x, *outputs)."""
+    outputs = [(f"y{index}", shape, dtype) for index, (shape, dtype) in enumerate(spec.outputs)]
     return emit.prim_func(name, [("x", spec.shape, "float32"), *outputs], len(outputs), lambda *b: _body(spec, *b))
 
 
@@ -57,17 +65,18 @@ class RowWriter:
 
     def __init__(self, spec: Quantise, words: Buffer, scales: Buffer | None) -> None:
         self.spec, self.lanes, self.columns = spec, spec.lanes, spec.shape[-1]
-        rows, dtype = prod(spec.shape[:-1]), "uint8" if spec.precision == "int8" else "uint16"
-        self.held = spec.words[-1] * GROUP[spec.precision]
-        self.target = T.decl_buffer((rows, self.held), dtype, data=words.data)
+        rows, packed = prod(spec.shape[:-1]), "uint8" if spec.precision == "int8" else "uint16"
+        self.held = self.columns if spec.unpacked else spec.words[-1] * GROUP[spec.precision]
+        self.dtype = "float32" if spec.unpacked else packed
+        self.target = T.decl_buffer((rows, self.held), self.dtype, data=words.data)
         self.scales = None if scales is None else emit.flat(scales, (rows,))
-        self.work = scratch((1, self.lanes), registers=True)
+        self.work = scratch((2, self.lanes), registers=True)
         self.tail = scratch((self.lanes,), registers=True)
 
     def row(self, row: Index, lane: Callable[[Index, int], Expression], whole: Callable[[Index], Expression]) -> None:
         """One row: `whole(at)` is a vector from column `at`, `lane(at, i)` one number of it."""
-        if self.scales is None:
-            self._over(row, lane, whole, _bf16_bits)
+        if self.spec.precision == "bf16":
+            self._over(row, lane, whole, _bf16_numbers if self.spec.unpacked else _bf16_bits)
             return
         every = vec(0, self.lanes)
         store(self.work, splat(TINY, self.lanes), 0, every)
@@ -79,9 +88,18 @@ class RowWriter:
             rest = vectors.load_part(lambda i: lane(full * self.lanes, i), left, self.tail, self.lanes, T.float32(0))
             store(self.work, T.max(self.work[0, every], _magnitude(rest, self.lanes)), 0, every)
         vectors.reduce_lanes(self.work, 0, vectors.maximum, self.lanes)
-        store(self.scales, self.work[0, 0] * T.float32(1.0 / LEVELS), row)
+        if self.scales is not None:
+            store(self.scales, self.work[0, 0] / T.float32(LEVELS), row)
+        store(self.work, self.work[0, every] / splat(float(LEVELS), self.lanes), 1, every)
         store(self.work, splat(float(LEVELS), self.lanes) / self.work[0, every], 0, every)
-        self._over(row, lane, whole, lambda v, lanes: _levels(v * self.work[0, every], lanes))
+        self._over(row, lane, whole, self._bytes)
+
+    def _bytes(self, v: Expression, lanes: int) -> Expression:
+        levels = _levels(v * self.work[0, vec(0, lanes)], lanes)
+        if not self.spec.unpacked:
+            return levels
+        numbers = T.Cast(f"float32x{lanes}", T.Cast(f"int32x{lanes}", levels) - T.Broadcast(T.int32(ZERO_POINT), lanes))
+        return numbers * self.work[1, vec(0, lanes)]
 
     def _over(
         self,
@@ -98,7 +116,7 @@ class RowWriter:
         if not left:
             return
         rest = vectors.load_part(lambda i: lane(full * lanes, i), left, self.tail, lanes, T.float32(0))
-        converted = scratch((lanes,), self.target.dtype, registers=True)
+        converted = scratch((lanes,), self.dtype, registers=True)
         store(converted, convert(rest, lanes), vec(0, lanes))
         for i in range(self.held - full * lanes):
             store(self.target, converted[i], row, full * lanes + i)
@@ -125,3 +143,8 @@ def _bf16_bits(v: Expression, lanes: int) -> Expression:
     rounded = T.shift_right(bits + every(0x7FFF) + T.bitwise_and(upper, every(1)), every(16))
     is_nan = T.bitwise_and(bits, every(0x7FFFFFFF)) > every(0x7F800000)
     return T.Cast(f"uint16x{lanes}", T.Select(is_nan, T.bitwise_or(upper, every(0x40)), rounded))
+
+
+def _bf16_numbers(v: Expression, lanes: int) -> Expression:
+    bits = T.shift_left(T.Cast(f"uint32x{lanes}", _bf16_bits(v, lanes)), T.Broadcast(T.uint32(16), lanes))
+    return T.reinterpret(f"float32x{lanes}", bits)

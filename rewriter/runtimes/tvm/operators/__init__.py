@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter.runtimes.tvm.operators import composites, elementwise, movement, reductions, standard_attention
+from rewriter.runtimes.tvm.operators import composites, elementwise, linear, movement, reductions, standard_attention
 from rewriter.runtimes.tvm.operators.registry import TABLE
 
-__all__ = ["TABLE", "composites", "elementwise", "movement", "reductions", "standard_attention"]
+__all__ = ["TABLE", "composites", "elementwise", "linear", "movement", "reductions", "standard_attention"]

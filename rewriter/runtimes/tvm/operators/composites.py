@@ -1,4 +1,4 @@
-"""Composite operators, lowered to our templates."""
+"""Composite operators but linear layers, lowered to our templates."""
 
 from __future__ import annotations
 
@@ -8,46 +8,14 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rewriter.runtimes.tvm.kernels import attention, flash, gemm
+from rewriter.runtimes.tvm.kernels import attention, flash
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
-from rewriter.runtimes.tvm.operators.elementwise import mapped_call
 from rewriter.runtimes.tvm.operators.reductions import norm_call
 from rewriter.runtimes.tvm.operators.registry import integers, lowers
 from rewriter.runtimes.tvm.program import Node
 
 op = relax.op
 ROLES = ("query", "key", "value")
-
-
-@lowers("rewriter:Linear")
-def _linear(lowering: Lowering, node: Node) -> Any:
-    """Inputs x, weight, bias?, residual? (the last one only after fusion)."""
-    x, weight, bias, residual = (node.input(index) for index in range(4))
-    activation = str(node.attributes.get("activation", "")).replace("identity", "")
-    array = lowering.program.constant(weight)
-    if array is None or not is_float32(lowering, x) or array.ndim != 2:
-        return _plain_linear(lowering, node, activation)
-    K, N = array.shape
-    spec = gemm.Gemm(
-        lowering.shape(x)[:-1], N, K, bool(bias), activation, bool(residual), lowering.lanes, lowering.threads
-    )
-    tile = lowering.tiles.gemm(spec)
-    kernel = lowering.kernels.get("gemm", (spec, tile), lambda unique: gemm.make_gemm(spec, tile, unique))
-    width = tile.vectors * lowering.lanes
-    packed = lowering.parameter((lowering.parameters.add(array), width), lambda: gemm.pack(array, width))
-    inputs = [lowering.value(x), packed, *(lowering.value(name) for name in (bias, residual) if name)]
-    return lowering.call(kernel, inputs, ((*spec.leading, N), "float32"))
-
-
-def _plain_linear(lowering: Lowering, node: Node, activation: str) -> Any:
-    x, weight, bias, residual = (node.input(index) for index in range(4))
-    result = lowering.builder.emit(op.matmul(lowering.value(x), lowering.value(weight)))
-    if bias:
-        result = lowering.builder.emit(op.add(result, lowering.value(bias)))
-    if activation:
-        lowering.env[node.outputs[0]] = result
-        result = lowering.builder.emit(mapped_call(lowering, node.outputs[0], activation))
-    return op.add(result, lowering.value(residual)) if residual else result
 
 
 @lowers("rewriter:Attention")
