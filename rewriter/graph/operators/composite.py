@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.operators.attention import merge_heads, soft_cap, split_heads
+from rewriter.graph.operators.linear import hankel, product
 from rewriter.graph.operators.normalisation import rms
 from rewriter.graph.operators.number_formats import rounded_product
 from rewriter.graph.operators.registry import Call, operator
@@ -29,11 +30,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @operator("Linear", domain=COMPOSITE_DOMAIN)
 def linear(call: Call, x: Tensor, weight_CN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``act(x @ W + b)``, with x and W in a number format if `precision` names one."""
+    activation = ACTIVATIONS[call.get("activation", "")]
     precision = call.get("precision", "fp32")
     if precision != "fp32":
         result = rounded_product(x, weight_CN, precision)
-        return ACTIVATIONS[call.get("activation", "")](result if bias_N is None else result + bias_N)
-    return ACTIVATIONS[call.get("activation", "")](functional.linear(x, weight_CN.T, bias_N))
+        return activation(result if bias_N is None else result + bias_N)
+    if hankel(weight_CN):
+        result = product(x, weight_CN)
+        return activation(result if bias_N is None else result + bias_N)
+    return activation(functional.linear(x, weight_CN.T, bias_N))
 
 
 @operator("SplitHeads", domain=COMPOSITE_DOMAIN)
