@@ -72,6 +72,8 @@ class HeadPruning(Pass):
             return Refusal("one-head", "there is a single head")
         if site.query.heads != site.heads or sorted(site.query.head_of) != list(range(site.heads)):
             return Refusal("shared-query-heads", "query heads are shared, so they cannot be cut one by one")
+        if any(operand.norm is not None and operand.norm.across_heads for operand in (site.query, site.key)):
+            return Refusal("norm-across-heads", "a norm over all heads together depends on every one of them")
         if _groups(site) is None:
             return Refusal("uneven-groups", "keys and values are shared by groups of different sizes or members")
         return None

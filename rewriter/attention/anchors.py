@@ -75,13 +75,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A softmax with candidate content products before it and one product with values after it."""
+    """A softmax with candidate content products before it and one product with values after it.
+
+    With `turned` the softmax runs over the second axis from the end: keys come first in the scores.
+    """
 
     node: ir.Node
     scores: str
     probabilities: str
     candidates: tuple[ir.Node, ...]
     reader: Reader
+    turned: bool = False
 
 
 def softmax_values(trace: Trace, node: ir.Node) -> tuple[str, str] | None:
@@ -132,12 +136,12 @@ def softmax_anchor(trace: Trace, node: ir.Node, scores: str, probabilities: str)
         raise Refused("head-mixing", "a linear map mixes heads between scores and values", nodes)
     default = -1 if trace.graph.opset >= 13 or node.op_type != "Softmax" else 1
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
-    if axis % rank != rank - 1:
+    if axis % rank not in (rank - 1, rank - 2):
         raise Refused("softmax-axis", f"softmax over axis {axis} of {rank}", (label(node),))
     if len(readers) != 1:
         nodes = tuple(label(r.node) for r in readers)
         raise Refused("several-readers", "the probabilities enter several products", nodes)
-    return Anchor(node, scores, probabilities, tuple(terms), readers[0])
+    return Anchor(node, scores, probabilities, tuple(terms), readers[0], axis % rank == rank - 2)
 
 
 def _behind(trace: Trace, linear: ir.Node) -> bool:

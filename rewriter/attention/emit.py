@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from rewriter.attention.build import Builder
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, Precision, Projection, Rotary
+from rewriter.core.site import AttentionSite, FeedForwardSite, HeadNorm, OutputProjection, Precision, Projection, Rotary
 
 
 def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | FeedForwardSite) -> None:
@@ -61,8 +62,12 @@ def _output(b: Builder, site: AttentionSite) -> None:
     inputs = [f"{site.id}/features", b.constant(output.weight_HDC.reshape(heads * dim, width), "output.weight")]
     if output.bias_C is not None:
         inputs.append(b.constant(output.bias_C, "output.bias"))
-    last = output.value if output.rank == 3 and not output.time_first else ""
+    turned = output.time_first or output.channels_first
+    last = output.value if output.rank == 3 and not turned else ""
     result = b.declare(_linear(b, inputs, site.precision, last), None, None, width)
+    if output.channels_first:
+        _channels_first(b, output, result, width)
+        return
     if output.time_first:
         last = output.value if output.rank == 3 else ""
         result = b.op("Transpose", result, output=last, perm=[1, 0, 2])
@@ -71,6 +76,16 @@ def _output(b: Builder, site: AttentionSite) -> None:
     elif output.rank > 3:
         lead = b.op("Slice", b.op("Shape", output.flatten_like), b.ints(0), b.ints(-1))
         b.op("Reshape", result, b.joined([lead, b.ints(width)]), output=output.value)
+
+
+def _channels_first(b: Builder, output: OutputProjection, result: str, width: int) -> None:
+    if output.rank == 3:
+        b.op("Transpose", result, output=output.value, perm=[0, 2, 1])
+        return
+    shape = b.op("Shape", output.flatten_like)
+    lead, axes = b.op("Slice", shape, b.ints(0), b.ints(1)), b.op("Slice", shape, b.ints(2), b.ints(output.rank))
+    target = b.joined([lead, b.ints(width), axes])
+    b.op("Reshape", b.op("Transpose", result, perm=[0, 2, 1]), target, output=output.value)
 
 
 def _linear(b: Builder, inputs: Sequence[str], precision: Precision, output: str = "", **attributes: str) -> str:
@@ -89,7 +104,9 @@ def _operand(b: Builder, projection: Projection, role: str, precision: Precision
     source = projection.source
     if projection.time_first:
         source = b.op("Transpose", source, perm=[1, 0, 2])
-    if projection.flatten:
+    if projection.channels_first:
+        source = b.op("Transpose", b.op("Reshape", source, b.ints(0, width, -1)), perm=[0, 2, 1])
+    elif projection.flatten:
         source = b.op("Reshape", source, b.ints(0, -1, width))
     inputs = [source, b.constant(weight.reshape(width, heads * dim), f"{role}.weight")]
     if projection.bias_GD is not None:
@@ -105,16 +122,16 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     """Norm, rotation and cache, on (B, G, S, D); the last of them carries the role's name or the cache's."""
     cached = bool(projection.past or projection.present)
     final = projection.present if cached and not projection.past else "" if cached else f"{b.prefix}/{role}"
+    if projection.norm is not None and projection.norm.across_heads:
+        flat = _head_norm(b, projection.norm, flat, role, "")
+        b.declare(flat, None, None, heads * projection.dim)
+        projection = replace(projection, norm=None)
     bare = projection.norm is None and projection.rotary is None
     value = b.composite("SplitHeads", flat, output=final if bare else "", heads=heads)
     b.declare(value, None, heads, None, projection.dim)
     norm = projection.norm
     if norm is not None:
-        inputs = [value, b.constant(norm.gain_D, f"{role}.gain")]
-        if norm.bias_D is not None:
-            inputs.append(b.constant(norm.bias_D, f"{role}.norm_bias"))
-        output = final if projection.rotary is None else ""
-        value = b.composite("HeadNorm", *inputs, output=output, kind=norm.kind, epsilon=float(norm.epsilon))
+        value = _head_norm(b, norm, value, role, final if projection.rotary is None else "")
     turn = projection.rotary
     if turn is not None:
         attributes = {"size": turn.size, "interleaved": int(turn.interleaved), "sign": turn.sign}
@@ -124,6 +141,13 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     if projection.past:
         value = b.op("Concat", projection.past, value, output=projection.present, axis=2)
     return value
+
+
+def _head_norm(b: Builder, norm: HeadNorm, value: str, role: str, output: str) -> str:
+    inputs = [value, b.constant(norm.gain_D.reshape(-1), f"{role}.gain")]
+    if norm.bias_D is not None:
+        inputs.append(b.constant(norm.bias_D.reshape(-1), f"{role}.norm_bias"))
+    return b.composite("HeadNorm", *inputs, output=output, kind=norm.kind, epsilon=float(norm.epsilon))
 
 
 def _table(b: Builder, name: str, turn: Rotary) -> str:
@@ -159,6 +183,11 @@ def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: st
         renamed = {bias.value: zero}
         b.copy(paths().between(bias.value, bias.path_end) or [], renamed)
         name = renamed[bias.path_end]
+    if bias.lead:
+        shape = b.op("Shape", name)
+        rest = b.op("Slice", shape, b.ints(1 + len(bias.lead)), b.ints(3 + len(bias.lead)))
+        first = b.op("Slice", shape, b.ints(0), b.ints(1))
+        name = b.op("Reshape", name, b.joined([first, b.ints(bias.heads_axis), rest]))
     if bias.folded:
         lengths = b.op("Slice", b.op("Shape", name), b.ints(1), b.ints(3))
         name = b.op("Reshape", name, b.joined([b.ints(-1, bias.heads_axis), lengths]))
@@ -187,6 +216,8 @@ def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:
     columns = b.size_of(key, _token_axis(site.key))
     shape = b.joined([batch, b.ints(bias.heads_axis), rows, columns])
     full = b.op("Expand", b.constant(np.zeros(())), shape)
+    if bias.lead:
+        return b.op("Reshape", full, b.joined([batch, b.ints(*bias.lead), rows, columns]))
     if bias.product_rank == 3:
         full = b.op("Reshape", full, b.joined([b.ints(-1), rows, columns]))
     return full

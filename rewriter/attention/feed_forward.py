@@ -81,9 +81,18 @@ def raise_feed_forward(trace: Trace, node: ir.Node) -> FeedForwardSite | None:
         return None
     try:
         down = read_linear(trace, node, batched=False)
+        if down.channels_first:
+            return None
         return _plain(trace, ups, down) or _gated(trace, ups, down)
     except Refused:
         return None
+
+
+def _rows_linear(trace: Trace, node: ir.Node) -> Linear:
+    linear = read_linear(trace, node, batched=None)
+    if linear.channels_first:
+        raise Refused("linear-form", "channels do not come last", (label(node),))
+    return linear
 
 
 def _linears_before(trace: Trace, hidden: str) -> list[ir.Node]:
@@ -109,7 +118,7 @@ def _plain(trace: Trace, ups: list[ir.Node], down: Linear) -> FeedForwardSite | 
     if len(ups) != 1:
         return None
     hidden = inputs_of(down.node)[0]
-    up = read_linear(trace, ups[0], batched=None)
+    up = _rows_linear(trace, ups[0])
     for start in reversed(_views(trace, up.result, hidden)):
         for end in _same_shape(trace, start, hidden):
             values = elementwise(trace, start, end)
@@ -156,7 +165,7 @@ def _gate_branch(trace: Trace, ups: list[ir.Node], end: str, down: Linear) -> tu
     reached = _linears_before(trace, end)
     if len(reached) != 1 or all(reached[0] is not up for up in ups):
         return None
-    linear = read_linear(trace, reached[0], batched=None)
+    linear = _rows_linear(trace, reached[0])
     for start in reversed(_views(trace, linear.result, end)):
         if start == end:
             return _branch(trace, linear, start, down), "identity", end

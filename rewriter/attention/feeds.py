@@ -134,21 +134,53 @@ def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:
 
 
 def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
-    """Sizes to try, most telling first: a length of its own for every name, one the sum of two others (caches), one
-    for all, long ones (audio, images), a batch of one."""
+    """Sizes to try, most telling first: a length of its own for every name, or for all axes in the same place of larger
+    inputs of the same rank (caches), one of them the sum of two others; one length for all, long ones (audio, images);
+    a batch of one."""
     lengths = LENGTHS[round_]
     names = list(_axis_names(graph))
     free = [name for name, leading in names if not leading]
-    distinct = {name: lengths[i % len(lengths)] for i, name in enumerate(free)}
+    places = _places(graph, free)
     for batch in dict.fromkeys((BATCHES[round_], 2, 1)):
         leading = dict.fromkeys((name for name, first in names if first), batch)
-        yield Sizes({**distinct, **leading})
-        used = [name for name in free if not name.startswith("?")][:6]
-        for total, one, other in permutations(used, 3):
-            if one < other:
-                yield Sizes({**distinct, total: distinct[one] + distinct[other], **leading})
+        for alike in ({name: name for name in free}, places):
+            kinds = list(dict.fromkeys(alike.values()))
+            distinct = {kind: lengths[i % len(lengths)] for i, kind in enumerate(kinds)}
+            for chosen in (distinct, *_sums(distinct)):
+                yield Sizes({**{name: chosen[alike[name]] for name in free}, **leading})
         for length in (lengths[0], *(long * (round_ + 1) for long in _long_lengths(graph))):
             yield Sizes({**dict.fromkeys(free, length), **leading})
+
+
+def _sums(distinct: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """The same sizes with one of them the sum of two others."""
+    used = [name for name in distinct if not name.startswith("?")][:6]
+    for total, one, other in permutations(used, 3):
+        if one < other:
+            yield {**distinct, total: distinct[one] + distinct[other]}
+
+
+def _places(graph: OnnxGraph, free: list[str]) -> dict[str, str]:
+    """For every name, the first name of an axis in the same place of an input of the same rank and kind."""
+    first: dict[tuple[int, int, str], str] = {}
+    same: dict[str, str] = {}
+    for spec in graph.inputs:
+        for position, axis in enumerate(spec.shape):
+            if axis in free and len(spec.shape) > 2:
+                named = first.setdefault((len(spec.shape), position, spec.dtype.kind), str(axis))
+                same.setdefault(str(axis), same.get(named, named))
+    return {name: same.get(name, name) for name in free}
+
+
+def near_choices(graph: OnnxGraph, round_: int, known: Sizes) -> Iterator[Sizes]:
+    """Sizes for graphs with lengths baked in: known ones with all but one changed, with just one changed, as is."""
+    names = list(known.chosen)
+    for batch in (BATCHES[round_], 1):
+        fresh = {name: LENGTHS[round_][i % 5] for i, name in enumerate(names)}
+        fresh |= {name: batch for name, leading in _axis_names(graph) if leading}
+        yield from (Sizes({**fresh, name: known.chosen[name]}) for name in names)
+        yield from (Sizes({**known.chosen, name: fresh[name]}) for name in names)
+    yield known
 
 
 @dataclass(frozen=True)
@@ -157,28 +189,35 @@ class Run:
 
     feeds: dict[str, Array]
     shapes: Mapping[str, tuple[int, ...]]
+    sizes: Sizes | None = None
 
 
 def usable_feeds(
     interpreter: Interpreter, paths: Paths, example: Mapping[str, Array] | None, seed: int
 ) -> list[Run] | None:
     """Feeds of three sizes that the graph takes, the second and third with hostile masks; None if it takes none."""
-    graph, found = interpreter.graph, []
+    graph, found = interpreter.graph, list[Run]()
     known = roles(graph)
     if example is not None:
         interpreter.bind(example)  # raises for missing inputs
     for round_ in range(3):
-        drawn = (draw(graph, sizes, known, seed + round_, round_ > 0, example) for sizes in size_choices(graph, round_))
-        own = [dict(example)] if example is not None else []
-        runs = (_tried(interpreter, paths, feeds) for feeds in (*drawn, *own))
-        usable = next((run for run in runs if run is not None), None)
+        usable = None
+        before = found[0].sizes if found else None
+        near = near_choices(graph, round_, before) if before else iter(())
+        for sizes in (*size_choices(graph, round_), *near):
+            feeds = draw(graph, sizes, known, seed + round_, round_ > 0, example)
+            usable = _tried(interpreter, paths, feeds, sizes)
+            if usable:
+                break
+        if usable is None and example is not None:
+            usable = _tried(interpreter, paths, dict(example), None)
         if usable is None:
             return None
         found.append(usable)
     return found
 
 
-def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array]) -> Run | None:
+def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array], sizes: Sizes | None) -> Run | None:
     try:
         values = Values(interpreter, paths, feeds)
         for end in range(0, len(paths.nodes) + STEP, STEP):
@@ -186,7 +225,7 @@ def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array]) -> R
             values.prune(end)
     except UserError:
         return None
-    return Run(feeds, values.shapes)
+    return Run(feeds, values.shapes, sizes)
 
 
 def _long_lengths(graph: OnnxGraph) -> tuple[int, ...]:

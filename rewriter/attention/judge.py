@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from rewriter.attention.identity import demoted, joint_failures, local_problem
+from rewriter.attention.identity import TOLERANCE, allowed, demoted, joint_failures, local_problem
 from rewriter.attention.lower import result_of
 from rewriter.attention.region import Regions
 from rewriter.attention.trace import Trace, drawn
@@ -34,6 +34,7 @@ class Judge:
         self.raise_site = raise_site
         self._regions = Regions(first)
         self._verdicts: dict[str, Refusal | None] = {}
+        self._tolerance = TOLERANCE
         self._noisy_sites: dict[str, Site] = {}
 
     def judge(self, site: Site, node: ir.Node) -> Site:
@@ -68,6 +69,9 @@ class Judge:
         if problem and problem.code == "identity":
             why = f"only with holes, left padding or fully masked rows: {problem.why}"
             problem = Refusal("identity-under-masks", why, problem.nodes)
+        if problem is None:
+            # differences of several layers add up
+            self._tolerance = max(self._tolerance, 10 * allowed(self.noisy_second, noisy))
         return problem
 
     def together(self, sites: Sequence[Site], third: Mapping[str, Array]) -> list[Site]:
@@ -76,12 +80,14 @@ class Judge:
         """
         trace, judged = self.first, list(sites)
         expected = trace.interpreter.run(third)
-        failures = joint_failures(trace, [s for s in judged if s.state is State.LOWERABLE], third, expected)
+        failures = joint_failures(
+            trace, [s for s in judged if s.state is State.LOWERABLE], third, expected, self._tolerance
+        )
         judged = [demoted(s, failures[s.id]) if s.id in failures else s for s in judged]
         passed = [site for site in judged if site.state is State.LOWERABLE]
         if not all(result_of(site) in self._noisy_sites for site in passed):
             return judged
         trace = self.noisy_second
         noisy = [replace(self._noisy_sites[result_of(site)], id=site.id) for site in passed]
-        failures = joint_failures(trace, noisy, trace.feeds, trace.env)
+        failures = joint_failures(trace, noisy, trace.feeds, trace.env, self._tolerance)
         return [demoted(s, failures[s.id]) if s.id in failures else s for s in judged]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.linear_forms import read_form
 from rewriter.attention.recipes import Ledger, Recipe, pick, stored
-from rewriter.attention.trace import Trace, inputs_of, outputs_of
+from rewriter.attention.trace import Trace, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refused
 from rewriter.core.site import Array
 
@@ -35,7 +36,24 @@ class Linear:
     weight_value: str
     transposed: bool
     alpha: float
+    channels_first: bool  # data and result are (B, channels, tokens...)
     ledger: Ledger | None  # where cuts from a drawn weight are noted; None if the weight is the model's own
+
+    def channels_last(self, element: Array) -> Array:
+        """Places in the result as places in (rows, N)."""
+        return self._moved(element, self.weight_CN.shape[1])
+
+    def rows_last(self, element: Array) -> Array:
+        """What the data reads, laid out as (rows, C)."""
+        if not self.channels_first:
+            return element
+        return element.reshape(self.rows[0], self.weight_CN.shape[0], -1).transpose(0, 2, 1)
+
+    def _moved(self, element: Array, width: int) -> Array:
+        if not self.channels_first:
+            return element
+        batch, channel, token = np.unravel_index(element, (self.rows[0], width, self.rows[1]))
+        return np.asarray((batch * self.rows[1] + token) * width + channel)
 
     def columns(self, order: Array, factor: float = 1.0) -> Array:
         """``factor * weight_CN[:, order]``."""
@@ -45,8 +63,8 @@ class Linear:
         """``factor * weight_CN[order]``."""
         return self._cut(0, order, factor)
 
-    def scaled(self, array: Array, factor: float) -> Array:
-        """A cut times a factor."""
+    def scaled(self, array: Array, factor: float | Array) -> Array:
+        """A cut times a factor, or times factors that broadcast to it."""
         result = np.float64(factor) * array
         if self.ledger is None:
             return stored(result, array.dtype)
@@ -71,64 +89,31 @@ def read_linear(trace: Trace, node: ir.Node, batched: bool | None = True) -> Lin
     what the node reads.
     """
     found = trace.linear(node)
-    if found is None or found[0] != 0 or node.op_type not in ("MatMul", "Gemm"):
-        raise Refused("linear-form", f"linear {node.op_type}", (node.name or "",))
-    names = inputs_of(node)
-    weight = only_matrix(trace.value(found[1]))
-    bias: Array | None = None
-    transposed, alpha = False, 1.0
-    if node.op_type == "Gemm":
-        transposed, alpha = bool(_attribute(node, "transB", 0)), _attribute(node, "alpha", 1.0)
-        weight, bias = _gemm(trace, node, weight)
-    data = names[0] if batched is False else _with_batch(trace, names[0], batched is None)
+    form = None if found is None else read_form(trace, node, *found)
+    if form is None:
+        raise Refused("linear-form", f"linear {node.op_type}", (label(node),))
+    data = form.data if batched is False or form.channels_first else _with_batch(trace, form.data, batched is None)
     shape = trace.shape(data)
+    lead = shape[: len(shape) - form.contracted] if not form.channels_first else (shape[0], *shape[2:])
+    if batched is not False and form.contracted > 1:
+        raise Refused("linear-form", "a projection that contracts several axes", (label(node),))
     return Linear(
         node,
         outputs_of(node)[0],
         data,
-        (shape[0], int(np.prod(shape[1:-1]))),
-        len(shape),
-        weight,
-        bias,
-        trace.original_initializer(found[1]),
-        trace.original_initializer(names[2]) if bias is not None else "",
-        trace.weight_dtype(found[1]),
-        found[1],
-        transposed,
-        alpha,
-        trace.recipes if trace.drawn(found[1]) else None,
+        (lead[0], int(np.prod(lead[1:]))),
+        len(lead) + 1,
+        form.weight_CN,
+        form.bias_N,
+        trace.original_initializer(form.weight),
+        trace.original_initializer(form.bias) if form.bias_N is not None else "",
+        trace.weight_dtype(form.weight),
+        form.weight,
+        form.transposed,
+        form.alpha,
+        form.channels_first,
+        trace.recipes if trace.drawn(form.weight) else None,
     )
-
-
-def only_matrix(weight: Array) -> Array:
-    """The two-dimensional matrix behind a weight; raises `Refused` if there is not just one."""
-    if weight.ndim < 2:
-        raise Refused("linear-form", "weight with fewer than two axes")
-    flat = weight.reshape(-1, *weight.shape[-2:])
-    # decomposed torch graphs expand one matrix over the batch
-    if len(flat) > 1 and not (flat == flat[:1]).all():
-        raise Refused("linear-form", "different weights along a leading axis")
-    return flat[0]
-
-
-def _gemm(trace: Trace, node: ir.Node, weight: Array) -> tuple[Array, Array | None]:
-    if _attribute(node, "transA", 0):
-        raise Refused("linear-form", "Gemm with transA")
-    weight, alpha = (weight.T if _attribute(node, "transB", 0) else weight), _attribute(node, "alpha", 1.0)
-    weight = weight if alpha == 1.0 else weight * alpha
-    names = inputs_of(node)
-    if len(names) < 3 or not names[2]:
-        return weight, None
-    if names[2] not in trace.fixed:
-        raise Refused("linear-form", "Gemm with a computed bias")
-    bias = trace.value(names[2]) * _attribute(node, "beta", 1.0)
-    if bias.size not in (1, weight.shape[1]):
-        raise Refused("linear-form", "Gemm with a bias per row")
-    return weight, np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
-
-
-def _attribute(node: ir.Node, name: str, default: float) -> float:
-    return float(node.attributes[name].value) if name in node.attributes else default
 
 
 def _with_batch(trace: Trace, name: str, optional: bool) -> str:

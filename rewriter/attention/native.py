@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from rewriter.attention.linears import only_matrix
+from rewriter.attention.linear_forms import only_matrix
 from rewriter.attention.paths import Paths
 from rewriter.core.site import Array
 from rewriter.graph.interpreter import Interpreter

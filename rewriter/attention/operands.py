@@ -33,6 +33,10 @@ class Operand:
         array = np.transpose(array, self.axes)
         return np.broadcast_to(array, (*self.lead, *array.shape[-2:]))
 
+    def swapped(self) -> Operand:
+        """The same value with its last two axes read the other way round."""
+        return Operand(self.name, (*self.axes[:-2], self.axes[-1], self.axes[-2]), self.lead, self.split)
+
     @property
     def transposed(self) -> bool:
         """Whether the value is a four-dimensional (batch, heads, dim, tokens)."""

@@ -36,10 +36,11 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
     view = view_between(trace, context.name, data)
     if view is None:
         raise Refused("output-path", "the way to the output projection is no view", (label(node),))
-    rows_HD, time_first = _rows(trace, context, data, view.element, heads, batch)
+    element = linear.rows_last(view.element)
+    rows_HD, time_first = _rows(trace, context, linear.weight_CN.shape[0], element, heads, batch)
     weight = linear.rows_of(rows_HD, factor * view.factor)
-    rank = len(trace.shape(data))
-    if rank > 3 and (not source or trace.shape(source)[:-1] != trace.shape(data)[:-1]):
+    rank = len(trace.shape(linear.result))
+    if rank != linear.rank or (rank > 3 and not _same_tokens(trace, source, linear.result, linear.channels_first)):
         raise Refused("output-layout", "the result has several token axes", (label(node),))
     bias = linear.bias_N
     if view.offset.any():
@@ -53,8 +54,16 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
         rank=rank,
         time_first=time_first,
         flatten_like=source if rank > 3 else "",
+        channels_first=linear.channels_first,
     )
     return RaisedOutput(projection, linear)
+
+
+def _same_tokens(trace: Trace, source: str, result: str, channels_first: bool) -> bool:
+    if not source or len(trace.shape(source)) != len(trace.shape(result)):
+        return False
+    tokens = slice(2, None) if channels_first else slice(None, -1)
+    return trace.shape(source)[tokens] == trace.shape(result)[tokens]
 
 
 def _single_linear(trace: Trace, context: str) -> ir.Node:
@@ -80,7 +89,7 @@ def _single_linear(trace: Trace, context: str) -> ir.Node:
     return linears[0]
 
 
-def _rows(trace: Trace, context: Operand, data: str, element: Array, heads: int, batch: int) -> tuple[Array, bool]:
+def _rows(trace: Trace, context: Operand, width: int, element: Array, heads: int, batch: int) -> tuple[Array, bool]:
     """(row of W_O for each head and dim, whether tokens come before batch items)."""
     arranged = context.arrange(np.arange(trace.value(context.name).size).reshape(trace.shape(context.name)))
     tokens, dim = arranged.shape[-2:]
@@ -88,7 +97,6 @@ def _rows(trace: Trace, context: Operand, data: str, element: Array, heads: int,
         raise Refused("output-layout", "slots of the attention result")
     place = np.empty(arranged.size, np.int64)
     place[arranged.reshape(-1)] = np.arange(arranged.size)
-    width = trace.shape(data)[-1]
     if width != heads * dim or element.size != arranged.size:
         raise Refused("output-layout", "the output projection reads more than this attention")
     b, h, t, d = np.unravel_index(place[element.reshape(-1)], (batch, heads, tokens, dim))

@@ -130,8 +130,18 @@ def _raise_mapped(trace: Trace, operand: Operand) -> Raised:
 def _explain(trace: Trace, linear: Linear, operand: Operand) -> Raised:
     whole = view_between(trace, linear.result, operand.name)
     if whole is None:
-        return _explain_turned(trace, linear, operand)
-    element, offset = operand.arrange(whole.element), operand.arrange(whole.offset)
+        try:
+            return _explain_turned(trace, linear, operand)
+        except Refused:
+            across = _explain_across(trace, linear, operand)
+            if across is None:
+                raise
+            return across
+    return _explain_view(trace, linear, operand, whole)
+
+
+def _explain_view(trace: Trace, linear: Linear, operand: Operand, whole: View) -> Raised:
+    element, offset = operand.arrange(linear.channels_last(whole.element)), operand.arrange(whole.offset)
     layout = head_layout(element, linear.weight_CN.shape[1], linear.rows)
     projection = _projection(linear, layout, offset / whole.factor)
     batch = linear.rows[1] if layout.time_first else linear.rows[0]
@@ -160,7 +170,8 @@ def _projection(
         weight_name=linear.weight_name,
         bias_name=linear.bias_name,
         time_first=layout.time_first,
-        flatten=linear.rank > 3,
+        flatten=linear.rank > 3 and not linear.channels_first,
+        channels_first=linear.channels_first,
         head_of=tuple(used.index(g) for g in read),
     )
 
@@ -178,7 +189,9 @@ def _explain_turned(trace: Trace, linear: Linear, operand: Operand) -> Raised:
     for position, view in reversed(views):
         for axes in ((0, 1, 2, 3), (0, 2, 1, 3)):
             try:
-                layout = head_layout(view.element.transpose(axes), linear.weight_CN.shape[1], linear.rows)
+                layout = head_layout(
+                    linear.channels_last(view.element).transpose(axes), linear.weight_CN.shape[1], linear.rows
+                )
             except Refused:
                 continue
             if layout.head_of != tuple(range(len(layout.order_GD))):
@@ -188,6 +201,64 @@ def _explain_turned(trace: Trace, linear: Linear, operand: Operand) -> Raised:
                 norm, turned = found
                 return _turned(linear, layout, view, axes, norm, turned)
     raise Refused("unknown-path", "neither a view of a linear nor a norm or rotation of one")
+
+
+def _explain_across(trace: Trace, linear: Linear, operand: Operand) -> Raised | None:
+    """A norm over the whole width of the projection, then a view or a rotation of heads (OLMo 2)."""
+    chain = trace.dominators(linear.result, operand.name)
+    shape, width = trace.shape(linear.result), linear.weight_CN.shape[1]
+    if linear.channels_first or shape[-1] != width:
+        return None
+    start, norm, behind = linear.result, None, ""
+    for name in chain[:-1]:
+        view = view_between(trace, linear.result, name) if trace.shape(name) == shape else None
+        if view is not None and np.array_equal(view.element.reshape(-1), np.arange(view.element.size)):
+            start = name
+            continue
+        found = find_norm(trace, start, name)
+        norm, behind = (found, name) if found else (norm, behind)
+    before = view_between(trace, linear.result, start)
+    if norm is None or before is None:
+        return None
+    # channel numbers in place of weights: what is read off is the order of channels in heads
+    numbers = replace(linear, result=behind, weight_CN=np.arange(float(width))[None], bias_N=None, ledger=None)
+    rest = view_between(trace, behind, operand.name)
+    inner = _explain_turned(trace, numbers, operand) if rest is None else _explain_view(trace, numbers, operand, rest)
+    order = inner.projection.weight_CGD
+    if order is None or inner.projection.bias_GD is not None or inner.projection.norm is not None:
+        return None
+    order_GD = order[0].astype(np.int64)
+    if sorted(order_GD.reshape(-1)) != list(range(width)):
+        return None
+    return _normed_across(linear, inner, norm, order_GD, before)
+
+
+def _normed_across(linear: Linear, inner: Raised, norm: HeadNorm, order_GD: Array, before: View) -> Raised:
+    rows = before.offset.reshape(-1, before.offset.shape[-1])
+    if not close(rows, np.broadcast_to(rows[:1], rows.shape)):
+        raise Refused("offset-per-token", "what is added to the projection differs between tokens")
+    bias_N = rows[0] if linear.bias_N is None else rows[0] + linear.bias_N * before.factor
+    bias_D = None if norm.bias_D is None else stored(norm.bias_D[order_GD], linear.dtype)
+    whole = HeadNorm(norm.kind, stored(norm.gain_D[order_GD], linear.dtype), bias_D, norm.epsilon, across_heads=True)
+    projection = replace(
+        inner.projection,
+        weight_CGD=linear.columns(order_GD, before.factor),
+        bias_GD=stored(bias_N[order_GD], linear.dtype) if bias_N.any() else None,
+        norm=whole,
+    )
+    return Raised(projection, inner.factor, inner.batch, linear)
+
+
+def scaled_per_head(raised: Raised, factors: tuple[float, ...]) -> Raised:
+    """The queries with a factor of their own for every head; raises `Refused` where weights cannot take it."""
+    projection, linear = raised.projection, raised.linear
+    plain = linear is not None and projection.norm is None and projection.head_of == tuple(range(len(factors)))
+    if not plain or linear is None or projection.weight_CGD is None:
+        raise Refused("scale-per-head", "heads are scaled differently, and their weights cannot take the factors")
+    factors_H1, bias_GD = np.array(factors)[:, None], projection.bias_GD
+    weight_CGD = linear.scaled(projection.weight_CGD, factors_H1)
+    bias_GD = None if bias_GD is None else stored(factors_H1 * bias_GD, bias_GD.dtype)
+    return replace(raised, projection=replace(projection, weight_CGD=weight_CGD, bias_GD=bias_GD))
 
 
 def _turned(

@@ -21,13 +21,17 @@ class Recipe:
     transposed: bool
     axis: int
     order: Array
-    factor: float
+    factor: float | Array
     dtype: np.dtype[np.generic]
 
     def make(self, matrix: Array) -> Array:
         """The weight from the model's own matrix: a view of it where that is possible."""
         picked = pick(matrix.T if self.transposed else matrix, self.order, self.axis)
-        return picked if self.factor == 1.0 else stored(picked.astype(np.float64) * self.factor, self.dtype)
+        return (
+            picked
+            if np.ndim(self.factor) == 0 and self.factor == 1.0
+            else stored(picked.astype(np.float64) * self.factor, self.dtype)
+        )
 
 
 def stored(array: Array, dtype: np.dtype[np.generic]) -> Array:

@@ -17,11 +17,15 @@ FAR = 1e6
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """``scores = cap(slope * product) + offset``; `offset` has the shape of the scores (slots..., S, T)."""
+    """``scores = cap(slope * product) + offset``; `offset` has the shape of the scores (slots..., S, T).
+
+    Where slopes differ between slots, `slopes` has one for each of them (slots...) and `slope` is 1.
+    """
 
     slope: float
     softcap: float
     offset: Array
+    slopes: Array | None = None
 
 
 def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
@@ -45,6 +49,10 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
         slope = _slope(far[free] - zero[free], FAR * np.sign(raw[free]))
     else:
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
+    if not softcap and not close(one[free] - zero[free], slope * raw[free], 1e-8):
+        slopes = _slopes(two - zero, 2 * raw, free)
+        if close((one - zero)[free], np.broadcast_to(slopes, raw.shape)[free] * raw[free], 1e-8):
+            return ScoreFunction(1.0, 0.0, zero, slopes[..., 0, 0])
     for factor, got in ((1.0, one), (2.0, two)):
         content = factor * slope * raw
         expected = softcap * np.tanh(content / softcap) if softcap else content
@@ -55,6 +63,13 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
 
 def _slope(effect: Array, raw: Array) -> float:
     return float((effect * raw).sum() / (raw * raw).sum())
+
+
+def _slopes(effect: Array, raw: Array, free: Array) -> Array:
+    """One slope for every slot, over what is not masked."""
+    seen, effect = np.where(free, raw, 0.0), np.where(free, effect, 0.0)
+    energy = (seen * seen).sum((-1, -2), keepdims=True)
+    return np.asarray((effect * seen).sum((-1, -2), keepdims=True) / np.maximum(energy, 1e-300))
 
 
 def _capped_slope(effect: Array, raw: Array, softcap: float, guess: float) -> float:
@@ -78,7 +93,11 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
     if not zero.any():
         return ScoreBias()
     if zero.ndim > 4:
-        raise Refused("score-rank", f"something is added to scores with {zero.ndim} axes")
+        lead = zero.shape[1:-2]
+        if int(np.prod(lead)) != heads or trace.shape(product) != zero.shape:
+            raise Refused("score-rank", f"something is added to scores with {zero.ndim} axes")
+        rank = zero.ndim
+        return ScoreBias("path", product, scores, full_shape=True, heads_axis=heads, product_rank=rank, lead=lead)
     filled = _filled(trace, product, scores) if zero.ndim == 4 else None
     if filled:
         return filled

@@ -14,9 +14,9 @@ from rewriter.attention.linears import comes_from_inputs
 from rewriter.attention.masks import classify
 from rewriter.attention.operands import Operand, Product, matrix_product
 from rewriter.attention.output import RaisedOutput, raise_output
-from rewriter.attention.projections import Raised, raise_operand
+from rewriter.attention.projections import Raised, raise_operand, scaled_per_head
 from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, tidy
-from rewriter.attention.trace import Trace, inputs_of, label, outputs_of
+from rewriter.attention.trace import Trace, close, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import Array, AttentionSite, Projection, ScoreBias, State
 
@@ -46,28 +46,40 @@ def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
     if anchor is None:
         return None
     product, function = _content(trace, anchor)
-    values = _values_product(trace, anchor)
-    query = product.left
-    value_axes = (*values.right.axes[:-2], values.right.axes[-1], values.right.axes[-2])
-    value = Operand(values.right.name, value_axes, values.right.lead)
-    raised = _operands(trace, query, product.right, value)
+    value, context = _values_product(trace, anchor)
+    query, key = (product.right, product.left) if anchor.turned else (product.left, product.right)
+    raised = _operands(trace, query, key, value)
     heads = len(raised[0].projection.head_of)
+    if function.slopes is not None:
+        raised = (scaled_per_head(raised[0], _per_head(function.slopes, heads)), *raised[1:])
     bias = read_bias(trace, product.result.name, anchor.scores, heads, function.offset)
     core = Core(
         query,
-        product.right,
+        key,
         value,
-        values.result,
+        context,
         function.slope,
         function.softcap,
         bias,
-        function.offset,
+        function.offset.swapaxes(-1, -2) if anchor.turned else function.offset,
         _empty_rows(trace, anchor),
         anchor.probabilities,
-        (product.node, node, values.node),
-        (product.result.name, anchor.probabilities, values.result.name),
+        (product.node, node, anchor.reader.node),
+        (product.result.name, anchor.probabilities, context.name),
     )
-    return assemble(trace, core, raised)
+    site = assemble(trace, core, raised)
+    if not anchor.turned or bias.kind == "none":
+        return site
+    why = Refusal("softmax-axis", "what is added to the scores has keys before queries", (label(node),))
+    return replace(site, problems=(*site.problems, why))
+
+
+def _per_head(slopes: Array, heads: int) -> tuple[float, ...]:
+    """One factor for each head, the same for every batch item."""
+    rows = slopes.reshape(-1, heads)
+    if not close(rows, np.broadcast_to(rows[:1], rows.shape), 1e-8):
+        raise Refused("scale-per-item", "batch items are scaled differently")
+    return tuple(tidy(float(factor)) for factor in rows[0])
 
 
 def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
@@ -89,16 +101,18 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
     return product, found[0][1]
 
 
-def _values_product(trace: Trace, anchor: Anchor) -> Product:
+def _values_product(trace: Trace, anchor: Anchor) -> tuple[Operand, Operand]:
+    """(values, result) as (lead..., tokens, dim), whichever side of the product the probabilities are on."""
     reader = anchor.reader
-    if reader.position != 0:
-        raise Refused("value-product", "probabilities are the right operand of the product", (label(reader.node),))
     product = matrix_product(trace, reader.node)
-    before, behind = trace.value(anchor.probabilities), product.left.arrange(trace.value(reader.consumed))
+    sides = (product.left, product.right) if reader.position == 0 else (product.right, product.left)
+    before, behind = trace.value(anchor.probabilities), sides[0].arrange(trace.value(reader.consumed))
+    if anchor.turned:
+        before = before.swapaxes(-1, -2)
     same = before.size == behind.size and before.shape[-2:] == behind.shape[-2:]
     if not same or not np.array_equal(np.nan_to_num(before).reshape(behind.shape), behind):
         raise Refused("probabilities-changed", "probabilities are changed before they meet the values")
-    return product
+    return sides[1].swapped(), product.result if reader.position == 0 else product.result.swapped()
 
 
 def _empty_rows(trace: Trace, anchor: Anchor) -> Literal["nan", "zero"]:

@@ -177,6 +177,8 @@ def rows_of(
     def flat(value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
+        if isinstance(site, AttentionSite) and site.output is not None and site.output.channels_first:
+            value = value.flatten(2).transpose(1, 2)
         width = value.shape[-1]
         if not swapped:
             return value.reshape(-1, width)

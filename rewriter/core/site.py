@@ -49,12 +49,16 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A norm over the dims of one head, between projection and rotation."""
+    """A norm over the dims of one head, between projection and rotation.
+
+    With `across_heads` it is one norm over the dims of all heads together, and gain and bias are (G, D).
+    """
 
     kind: Literal["layer", "rms"]
     gain_D: Array
     bias_D: Array | None
     epsilon: float
+    across_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Projection:
 
     `head_of[h]` is the operand's head that query head `h` reads (grouped-query attention needs no other description).
     `source` names a value of shape (B, S, C); with `time_first` its first two axes are swapped; with `flatten` it has
-    several token axes. `past`/`present` name the cache value put before the tokens and the value that holds both.
+    several token axes; with `channels_first` it is (B, C, tokens...). `past`/`present` name the cache value put before the tokens and the value that holds both.
     An opaque operand is a value of shape (B, G, S, D) — (B, G, D, S) if `opaque_transposed` — used as it is.
     """
 
@@ -74,6 +78,7 @@ class Projection:
     bias_name: str = ""
     time_first: bool = False
     flatten: bool = False
+    channels_first: bool = False
     norm: HeadNorm | None = None
     rotary: Rotary | None = None
     past: str = ""
@@ -131,7 +136,8 @@ class ScoreBias:
     graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
-    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from.
+    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from, `lead` its head axes where
+    there are several.
     """
 
     kind: Literal["none", "value", "bool", "causal", "fill", "path"] = "none"
@@ -141,6 +147,7 @@ class ScoreBias:
     heads_axis: int = 1
     folded: bool = False
     product_rank: int = 4
+    lead: tuple[int, ...] = ()
     filled_by: bool = True
     infinite: bool = False
     keep: tuple[int, ...] | None = None
@@ -169,6 +176,7 @@ class OutputProjection:
     rank: int = 3
     time_first: bool = False
     flatten_like: str = ""
+    channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
 
 
 @dataclass(frozen=True)
