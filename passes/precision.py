@@ -25,8 +25,9 @@ class PrecisionPass(Pass):
 
     What it does
         ``bf16`` rounds both operands of every linear layer of the sub-block to 8 bits of mantissa. ``int8`` scales
-        every column of a weight, and every token while the model runs, by its largest magnitude to whole numbers from
-        -127 to 127 and adds their products exactly. The weights stay as they are until the graph is built, so that the
+        every column of a weight by its largest magnitude to whole numbers from -127 to 127, every token between its
+        least and its largest number to whole numbers from 0 to 255 while the model runs, and adds their products
+        exactly. The weights stay as they are until the graph is built, so that the
         output projection is re-solved in full precision.
     When it applies
         Weights are fp32 and the target has the instructions (AVX512-BF16, AVX512-VNNI); a sub-block is rounded once.
@@ -39,7 +40,7 @@ class PrecisionPass(Pass):
         ``x W + b`` -> ``s_token s_column (round(x / s_token) round(W / s_column)) + b``: a fourth of the memory traffic
         for weights and four times the products per instruction.
     Source
-        Per-token and per-channel symmetric scales as in LLM.int8 (Dettmers et al. 2022) and ZeroQuant (Yao et al.
+        Scales per token and per channel as in LLM.int8 (Dettmers et al. 2022) and ZeroQuant (Yao et al.
         2022); what one scale per tensor loses beside them is in tests/passes/test_precision.py.
     """
 

@@ -48,7 +48,7 @@ def composite(
 
     - ``Linear(x, weight_CN, bias_N?)``, `activation`, `precision`: ``act(x @ W + b)``, x with any leading axes.
       `precision` says how the operands of the product are rounded: fp32 (default), bf16 (to nearest, fp32 sums), int8
-      (127 levels of either sign, by the largest magnitude of each column of W and each row of x; exact sums).
+      (columns of W: 127 levels of either sign; rows of x: 255 levels from the least to the largest; exact sums).
     - ``SplitHeads(x_BSN)``, `heads`: (B, heads, S, N / heads).
     - ``Attention(query, key, value, bias?)`` -> (B, S, H * Dv): ``softmax(cap(scale * Q K^T) + bias) V``. Operands of
       rank 3 are (B, tokens, G * D), of rank 4 (B, G, tokens, D). `heads` is H, `query_heads`, `key_heads`,

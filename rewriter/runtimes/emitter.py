@@ -74,15 +74,13 @@ class Emitter:
 
     def mean(self, x: ir.Value) -> ir.Value:
         """Mean over the last axis, which is kept."""
-        if self.opset >= 18:
-            return self.op("ReduceMean", x, self.ints(-1), keepdims=1)
-        return self.op("ReduceMean", x, axes=[-1], keepdims=1)
+        return self.reduce("ReduceMean", x)
 
-    def reduce_max(self, x: ir.Value) -> ir.Value:
-        """Maximum over the last axis, which is kept."""
+    def reduce(self, kind: str, x: ir.Value) -> ir.Value:
+        """A reduction over the last axis, which is kept."""
         if self.opset >= 18:
-            return self.op("ReduceMax", x, self.ints(-1), keepdims=1)
-        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+            return self.op(kind, x, self.ints(-1), keepdims=1)
+        return self.op(kind, x, axes=[-1], keepdims=1)
 
     def unsqueeze(self, x: ir.Value, axis: int) -> ir.Value:
         """One more axis."""

@@ -141,9 +141,13 @@ def test_problems_of_foreign_nodes() -> None:
 def test_linear_in_8_bit_integers() -> None:
     x, w, b = numbers(2, 3, 40), numbers(40, 5, seed=1), numbers(5, seed=2)
     x[0, 1], w[:, 2] = 0.0, 0.0
-    token, column = (np.maximum(np.abs(a).max(axis, keepdims=True), 1e-30) / 127 for a, axis in ((x, -1), (w, 0)))
-    levels, weights = np.rint(x / token), np.rint(w / column)
-    assert np.abs(levels).max() == 127 and np.abs(weights).max() == 127
+    x[1, 2] = np.abs(x[1, 2])
+    column = np.maximum(np.abs(w).max(0, keepdims=True), 1e-30) / 127
+    low = np.minimum(x.min(-1, keepdims=True), 0)
+    token = np.maximum(np.maximum(x.max(-1, keepdims=True), 0) - low, 1e-30) / 254
+    zero = np.rint(-low / token)
+    levels, weights = np.rint(x / token + zero) - zero, np.rint(w / column)
+    assert np.ptp(levels, -1).max() in (254, 255) and np.abs(weights).max() == 127 and not zero[1, 2]
     y = levels @ weights * (token * column).astype(np.float64) + b
     np.testing.assert_allclose(run("Linear", x, w, b, precision="int8"), y, rtol=1e-6)
 

@@ -68,8 +68,11 @@ def product(x: Float, weight: Float, precision: str = "fp32") -> Float:
         return x @ weight
     if precision == "bf16":
         return _eight_bits(x) @ _eight_bits(weight)
-    token, column = (np.maximum(np.abs(a).max(axis, keepdims=True), 1e-30) / 127 for a, axis in ((x, -1), (weight, 0)))
-    return np.rint(x / token) @ np.rint(weight / column) * token * column
+    column = np.maximum(np.abs(weight).max(0, keepdims=True), 1e-30) / 127
+    low = np.minimum(x.min(-1, keepdims=True), 0.0)
+    token = np.maximum(np.maximum(x.max(-1, keepdims=True), 0.0) - low, 1e-30) / 254
+    zero = np.rint(-low / token)
+    return (np.rint(x / token + zero) - zero) @ np.rint(weight / column) * token * column
 
 
 def _eight_bits(x: Float) -> Float:

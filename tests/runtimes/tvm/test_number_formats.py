@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from rewriter.runtimes.tvm.kernels import gemm_bf16, gemm_int8
+from rewriter.runtimes.tvm.kernels import formats, gemm_bf16, gemm_int8
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
 from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
 from tests.runtimes.tvm.harness import numbers, run_kernel, target
@@ -43,10 +43,23 @@ def operands(gemm: Gemm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def levels(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(levels, scale) of every row, as the definition says."""
-    largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-30))
-    inverse = (np.float32(127) / largest).astype(np.float64)
-    return np.rint(x * inverse), largest.astype(np.float64) / 127
+    """(levels less zero point, scale) of every row, as the definition says."""
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    span = np.maximum(high - low, np.float32(1e-30))
+    inverse = (np.float32(254) / span).astype(np.float64)
+    zero = np.rint(-low * inverse)
+    return np.rint(x * inverse + zero) - zero, span.astype(np.float64) / 254
+
+
+def columns_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(levels, scale) of every column."""
+    largest = np.abs(weight).max(0)
+    return np.rint(weight * (np.float32(127) / largest)), largest.astype(np.float64) / 127
+
+
+def run_rounding(spec: Quantise, x: np.ndarray) -> list[np.ndarray]:
+    shapes, dtypes = zip(*spec.outputs, strict=True)
+    return run_kernel(make_quantise(spec), [x], *shapes, dtypes=dtypes)
 
 
 @needs(gemm_int8.FEATURE)
@@ -56,13 +69,12 @@ def test_int8_is_exact_up_to_its_epilogue(shape: Gemm, tile: Tile) -> None:
     a, b, bias, residual, extra = operands(gemm)
     a.reshape(-1, gemm.K)[-1] = 0.0
     spec, width = Quantise(a.shape, "int8"), 16 * tile.vectors
-    words, scales = run_kernel(make_quantise(spec), [a], spec.words, a.shape[:-1], dtypes=("int32", "float32"))
-    weight = gemm_int8.Quantised.of(b)
-    inputs = [words, scales, weight.packed(width), weight.starts(width), weight.scales(width), *extra]
+    rounded = run_rounding(spec, a)
+    inputs = [*rounded, *formats.weight_operands(b, "int8", "int8", width), *extra]
     (got,) = run_kernel(gemm_int8.make_gemm_int8(gemm, tile), inputs, (*gemm.leading, gemm.N))
     left, left_scale = levels(a)
-    right, right_scale = levels(np.ascontiguousarray(b.T))
-    wanted = finished(gemm, (left @ right.T) * left_scale * right_scale.T.reshape(-1), bias, residual)
+    right, right_scale = columns_of(b)
+    wanted = finished(gemm, (left @ right) * left_scale * right_scale, bias, residual)
     np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=3e-6)
 
 
@@ -72,7 +84,7 @@ def test_bf16_rounds_its_operands_only(shape: Gemm, tile: Tile) -> None:
     gemm = Gemm(**{**vars(shape), "precision": "bf16"})
     a, b, bias, residual, extra = operands(gemm)
     spec = Quantise(a.shape, "bf16")
-    (words,) = run_kernel(make_quantise(spec), [a], spec.words, dtypes=("int32",))
+    (words,) = run_rounding(spec, a)
     inputs = [words, gemm_bf16.pack_bf16(b, 16 * tile.vectors), *extra]
     (got,) = run_kernel(gemm_bf16.make_gemm_bf16(gemm, tile), inputs, (*gemm.leading, gemm.N))
     product = gemm_bf16.rounded(a).astype(np.float64) @ gemm_bf16.rounded(b)
@@ -84,13 +96,15 @@ def test_bf16_rounds_its_operands_only(shape: Gemm, tile: Tile) -> None:
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_rows_become_bytes(columns: int, lanes: int) -> None:
     x = numbers(2, 3, columns) * np.float32(10.0) ** numbers(2, 3, 1, seed=9)
-    x[0, 0], x[1, 1, 0] = 0.0, -4096.0
+    x[0, 0], x[1, 1, 0], x[1, 2] = 0.0, -4096.0, np.abs(x[1, 2]) + 3
     spec = Quantise(x.shape, "int8", lanes)
-    words, scales = run_kernel(make_quantise(spec), [x], spec.words, x.shape[:-1], dtypes=("int32", "float32"))
+    words, scales, zeros = run_rounding(spec, x)
     wanted, scale = levels(x)
-    held = words.view(np.uint8).reshape(2, 3, -1)
-    assert (held[..., columns:] == 128).all() and held.shape[-1] < columns + 4
-    np.testing.assert_array_equal(held[..., :columns], wanted + 128)
+    held = words.view(np.uint8).reshape(2, 3, -1).astype(int) - zeros[..., None]
+    assert not held[..., columns:].any() and held.shape[-1] < columns + 4
+    np.testing.assert_array_equal(held[..., :columns], wanted)
+    (numbers_meant,) = run_rounding(Quantise(x.shape, "int8", lanes, unpacked=True), x)
+    np.testing.assert_allclose(numbers_meant, wanted * scale, rtol=1e-6)
     np.testing.assert_allclose(scales, scale[..., 0], rtol=1e-6)
 
 
@@ -99,7 +113,7 @@ def test_rows_become_bfloat16() -> None:
     ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7FC00001, 0x7F800001, 0xFF800000], np.uint32)
     x[1, : len(ties)] = ties.view(np.float32)
     spec = Quantise(x.shape, "bf16")
-    (words,) = run_kernel(make_quantise(spec), [x], spec.words, dtypes=("int32",))
+    (words,) = run_rounding(spec, x)
     held = words.view(np.uint16).reshape(3, 38)
     rows = (held[:, :37].astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(rows, gemm_bf16.rounded(x))

@@ -35,7 +35,7 @@ def weight_operands(
     if held == "bf16":
         return (pack_bf16(weight_KN, width),)
     weight = Quantised.of(weight_KN)
-    return weight.packed(width), weight.starts(width), weight.scales(width)
+    return weight.packed(width), weight.sums(width), weight.scales(width)
 
 
 def as_rounded(weight_KN: NDArray[np.float32], precision: Precision) -> NDArray[np.float32]:

@@ -153,7 +153,7 @@ class TileWriter:
         vectors = -(-columns // lanes)
         for i in range(rows):
             for n in range(vectors):
-                store(self.acc, self._start(panel, n, columns), i * vectors + n, vec(0, lanes))
+                store(self.acc, self._start(row + i, panel, n, columns), i * vectors + n, vec(0, lanes))
         steps, left = emit.split(self.gemm.depth, unroll)
         if steps:
             with loop(steps) as step:
@@ -168,7 +168,7 @@ class TileWriter:
             for n in range(vectors):
                 self._finish(row + i, panel, n, i * vectors + n, columns)
 
-    def _start(self, panel: Index, n: int, columns: int) -> Expression:
+    def _start(self, row: Index, panel: Index, n: int, columns: int) -> Expression:
         """What a sum begins with."""
         return emit.zero_for(self.gemm.lanes) if self.bias is None else self._bias(panel, n, columns)
 

@@ -1,7 +1,7 @@
-"""The packed GEMM on 8-bit integers by VNNI: per-token scales for A, per-channel scales for B, fp32 results.
+"""The packed GEMM on 8-bit integers by VNNI: scale and zero point per token of A, scale per channel of B, fp32 results.
 
-The instruction multiplies unsigned by signed bytes, so A is held with 128 added; the sums begin with what that adds,
--128 times the column sums of B, and need no correction afterwards. Sums are exact in 32 bits for every K below 2^17.
+The instruction multiplies unsigned by signed bytes: A has levels 0 to 255 around its zero points. The sums begin with
+what the zero points add, minus zero point times column sum of B, and are exact in 32 bits for every K up to 2^16.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from rewriter.runtimes.tvm.kernels.gemm import GROUP, Gemm, Tile, TileWriter, pa
 
 FEATURE, LANES = "avx512_vnni", 16
 INTRINSIC = "llvm.x86.avx512.vpdpbusd.512"
-LEVELS = 127  # of either sign: symmetric, so that -x and x round alike
-ZERO_POINT = 128
+LEVELS = 127  # of weights, of either sign
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +40,9 @@ class Quantised:
         """(panels, depth, width) words of four k."""
         return pack(self.levels_KN, width, GROUP["int8"]).view(np.int32)[..., 0]
 
-    def starts(self, width: int) -> NDArray[np.int32]:
-        """What the sums of each column begin with, padded to whole panels."""
-        return _padded(-ZERO_POINT * self.levels_KN.sum(axis=0, dtype=np.int32), width)
+    def sums(self, width: int) -> NDArray[np.int32]:
+        """The sum of the levels of each column, padded to whole panels."""
+        return _padded(self.levels_KN.sum(axis=0, dtype=np.int32), width)
 
     def scales(self, width: int) -> NDArray[np.float32]:
         """The scales, padded to whole panels."""
@@ -55,14 +54,15 @@ def _padded(row: NDArray[Any], width: int) -> NDArray[Any]:
 
 
 def make_gemm_int8(gemm: Gemm, tile: Tile, name: str = "gemm_int8") -> Any:
-    """PrimFunc (words of A, scales of A, packed B, starts, scales of B, bias?, residual?, C)."""
+    """PrimFunc (A, its scales, its zero points, packed B, its column sums, its scales, bias?, residual?, C)."""
     assert gemm.precision == "int8" and gemm.lanes == LANES
     columns = gemm.panels(tile) * gemm.lanes * tile.vectors
     arguments = [
         ("a", (*gemm.leading, gemm.depth), "int32"),
         ("a_scale", gemm.leading, "float32"),
+        ("a_zero", gemm.leading, "int32"),
         ("b", gemm.packed_shape(tile), "int32"),
-        ("starts", (columns,), "int32"),
+        ("b_sum", (columns,), "int32"),
         ("b_scale", (columns,), "float32"),
     ]
     if gemm.bias:
@@ -77,13 +77,15 @@ class _Writer(TileWriter):
     words = sums = "int32"
 
     def body(self, *buffers: Buffer) -> None:
-        """See `TileWriter.body`; scales and starts are taken out of the way first."""
-        a, a_scale, b, self.starts, self.b_scale, *rest = buffers
+        """See `TileWriter.body`; what belongs to rows and columns is taken out of the way first."""
+        a, a_scale, a_zero, b, self.b_sum, self.b_scale, *rest = buffers
         self.a_scale = emit.flat(a_scale, (self.gemm.M,))
+        self.a_zero = emit.flat(a_zero, (self.gemm.M,), "int32")
         super().body(a, b, *rest)
 
-    def _start(self, panel: Index, n: int, columns: int) -> Expression:
-        return self.starts[vec(panel * self.width + n * LANES, LANES)]
+    def _start(self, row: Index, panel: Index, n: int, columns: int) -> Expression:
+        zero = splat(T.int32(0) - self.a_zero[row], LANES)
+        return zero * self.b_sum[vec(panel * self.width + n * LANES, LANES)]
 
     def _product(self, total: Expression, a: Expression, b: Expression) -> Expression:
         bytes_a, bytes_b = (T.reinterpret("int8x64", words) for words in (splat(a, LANES), b))

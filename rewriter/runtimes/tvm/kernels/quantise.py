@@ -12,18 +12,20 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 from rewriter.runtimes.tvm.kernels import emit, vectors
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec
 from rewriter.runtimes.tvm.kernels.gemm import GROUP, Precision
-from rewriter.runtimes.tvm.kernels.gemm_int8 import LEVELS, ZERO_POINT
 
-TINY = 1e-30  # the least magnitude that a row is scaled by: rows of zeros stay zeros
+LEVELS = 254  # steps between the least and the largest number of a row; rounding of both ends may add one
+TINY = 1e-30  # the least span that a row is scaled by: rows of zeros stay zeros
 _MAGIC = 1.5 * 2.0**23  # added to |v| < 2^22 it leaves round(v), ties to even, in the low bits
+_MAGIC_BITS = 0x4B400000  # that number's bits
 
 
 @dataclass(frozen=True)
 class Quantise:
     """Rows over the last axis of `shape` in `precision`, padded to whole words.
 
-    int8: ``round(x * (127 / max|x|)) + 128`` as unsigned bytes, and ``max|x| / 127``, per row. `unpacked` gives the
-    numbers that the words stand for, as fp32.
+    int8: unsigned bytes ``round(x / scale + zero)``, with ``scale = (high - low) / 254`` and ``zero = round(-low /
+    scale)`` per row, where low and high are the least and largest of the row and 0. `unpacked` gives the numbers that
+    the words stand for, as fp32.
     """
 
     shape: tuple[int, ...]
@@ -39,11 +41,11 @@ class Quantise:
 
     @property
     def outputs(self) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """(shape, dtype) of what comes out: words, and for int8 the scales."""
+        """(shape, dtype) of what comes out: words, and for int8 scales and zero points."""
         if self.unpacked:
             return ((self.shape, "float32"),)
-        words = (self.words, "int32")
-        return (words, (self.shape[:-1], "float32")) if self.precision == "int8" else (words,)
+        words, rows = (self.words, "int32"), self.shape[:-1]
+        return (words, (rows, "float32"), (rows, "int32")) if self.precision == "int8" else (words,)
 
 
 def make_quantise(spec: Quantise, name: str = "quantise") -> Any:
@@ -52,25 +54,28 @@ def make_quantise(spec: Quantise, name: str = "quantise") -> Any:
     return emit.prim_func(name, [("x", spec.shape, "float32"), *outputs], len(outputs), lambda *b: _body(spec, *b))
 
 
-def _body(spec: Quantise, x: Buffer, words: Buffer, scales: Buffer | None = None) -> None:
+def _body(spec: Quantise, x: Buffer, *outputs: Buffer) -> None:
     rows, columns = prod(spec.shape[:-1]), spec.shape[-1]
     source = emit.flat(x, (rows, columns))
     with loop(rows, parallel=spec.threads > 1) as row, T.sblock("row"):
-        writer = RowWriter(spec, words, scales)
+        writer = RowWriter(spec, *outputs)
         writer.row(row, lambda at, lane: source[row, at + lane], lambda at: source[row, vec(at, spec.lanes)])
 
 
 class RowWriter:
     """Writes one row after the other, from wherever its numbers are. Made inside the block that holds its scratch."""
 
-    def __init__(self, spec: Quantise, words: Buffer, scales: Buffer | None) -> None:
+    def __init__(
+        self, spec: Quantise, words: Buffer, scales: Buffer | None = None, zeros: Buffer | None = None
+    ) -> None:
         self.spec, self.lanes, self.columns = spec, spec.lanes, spec.shape[-1]
         rows, packed = prod(spec.shape[:-1]), "uint8" if spec.precision == "int8" else "uint16"
         self.held = self.columns if spec.unpacked else spec.words[-1] * GROUP[spec.precision]
         self.dtype = "float32" if spec.unpacked else packed
         self.target = T.decl_buffer((rows, self.held), self.dtype, data=words.data)
         self.scales = None if scales is None else emit.flat(scales, (rows,))
-        self.work = scratch((2, self.lanes), registers=True)
+        self.zeros = None if zeros is None else emit.flat(zeros, (rows,), "int32")
+        self.work = scratch((3, self.lanes), registers=True)
         self.tail = scratch((self.lanes,), registers=True)
 
     def row(self, row: Index, lane: Callable[[Index, int], Expression], whole: Callable[[Index], Expression]) -> None:
@@ -78,28 +83,46 @@ class RowWriter:
         if self.spec.precision == "bf16":
             self._over(row, lane, whole, _bf16_numbers if self.spec.unpacked else _bf16_bits)
             return
-        every = vec(0, self.lanes)
-        store(self.work, splat(TINY, self.lanes), 0, every)
-        full, left = emit.split(self.columns, self.lanes)
+        every, full, left = vec(0, self.lanes), *emit.split(self.columns, self.lanes)
+        for slot in (0, 1):
+            store(self.work, emit.zero_for(self.lanes), slot, every)
         if full:
             with loop(full) as part:
-                store(self.work, T.max(self.work[0, every], _magnitude(whole(part * self.lanes), self.lanes)), 0, every)
+                self._widen(whole(part * self.lanes))
         if left:
-            rest = vectors.load_part(lambda i: lane(full * self.lanes, i), left, self.tail, self.lanes, T.float32(0))
-            store(self.work, T.max(self.work[0, every], _magnitude(rest, self.lanes)), 0, every)
+            part_of = vectors.load_part(lambda i: lane(full * self.lanes, i), left, self.tail, self.lanes, T.float32(0))
+            self._widen(part_of)
         vectors.reduce_lanes(self.work, 0, vectors.maximum, self.lanes)
-        if self.scales is not None:
-            store(self.scales, self.work[0, 0] / T.float32(LEVELS), row)
-        store(self.work, self.work[0, every] / splat(float(LEVELS), self.lanes), 1, every)
-        store(self.work, splat(float(LEVELS), self.lanes) / self.work[0, every], 0, every)
+        vectors.reduce_lanes(self.work, 1, vectors.minimum, self.lanes)
+        self._scale(row)
         self._over(row, lane, whole, self._bytes)
 
+    def _widen(self, value: Expression) -> None:
+        """Slots 0 and 1: the largest and the least number so far."""
+        every = vec(0, self.lanes)
+        store(self.work, T.max(self.work[0, every], value), 0, every)
+        store(self.work, T.min(self.work[1, every], value), 1, every)
+
+    def _scale(self, row: Index) -> None:
+        """Slots 0 to 2: steps per unit, what is added to round (the zero point beside the constant), the scale."""
+        every, lanes = vec(0, self.lanes), self.lanes
+        span = T.max(self.work[0, every] - self.work[1, every], splat(TINY, lanes))
+        store(self.work, span / splat(float(LEVELS), lanes), 2, every)
+        store(self.work, splat(float(LEVELS), lanes) / span, 0, every)
+        added = splat(_MAGIC, lanes) - self.work[1, every] * self.work[0, every]
+        store(self.work, added, 1, every)
+        if self.scales is not None and self.zeros is not None:
+            store(self.scales, self.work[2, 0], row)
+            store(self.zeros, T.reinterpret("int32", self.work[1, 0]) - T.int32(_MAGIC_BITS), row)
+
     def _bytes(self, v: Expression, lanes: int) -> Expression:
-        levels = _levels(v * self.work[0, vec(0, lanes)], lanes)
+        """The low bytes of a sum whose last bit counts ones: round(v / scale + zero)."""
+        every = vec(0, lanes)
+        bits = T.reinterpret(f"int32x{lanes}", v * self.work[0, every] + self.work[1, every])
         if not self.spec.unpacked:
-            return levels
-        numbers = T.Cast(f"float32x{lanes}", T.Cast(f"int32x{lanes}", levels) - T.Broadcast(T.int32(ZERO_POINT), lanes))
-        return numbers * self.work[1, vec(0, lanes)]
+            return T.Cast(f"uint8x{lanes}", bits)
+        zero = T.reinterpret(f"int32x{lanes}", self.work[1, every])
+        return T.Cast(f"float32x{lanes}", bits - zero) * self.work[2, every]
 
     def _over(
         self,
@@ -120,16 +143,6 @@ class RowWriter:
         store(converted, convert(rest, lanes), vec(0, lanes))
         for i in range(self.held - full * lanes):
             store(self.target, converted[i], row, full * lanes + i)
-
-
-def _magnitude(v: Expression, lanes: int) -> Expression:
-    return T.max(v, splat(0.0, lanes) - v)
-
-
-def _levels(v: Expression, lanes: int) -> Expression:
-    """round(v) + 128 as unsigned bytes: the low byte of the sum with a number whose last bit counts ones."""
-    bits = T.reinterpret(f"int32x{lanes}", v + splat(_MAGIC + ZERO_POINT, lanes))
-    return T.Cast(f"uint8x{lanes}", bits)
 
 
 def _bf16_bits(v: Expression, lanes: int) -> Expression:

@@ -35,6 +35,11 @@ def maximum(a: Expression, b: Expression) -> Expression:
     return T.max(a, b)
 
 
+def minimum(a: Expression, b: Expression) -> Expression:
+    """For `reduce_lanes`."""
+    return T.min(a, b)
+
+
 def transpose(block: Buffer, lanes: int) -> None:
     """Transposes block (lanes, lanes), held in registers, by log2(lanes) rounds of exchanges between pairs of rows."""
     distance = 1
