@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from rewriter.accuracy.splits import Splits, split
 from rewriter.attention.recognise import recognise
@@ -46,7 +47,12 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
         progress.advance(1.0, _census(recognition))
     _check_something_found(recognition, model)
     cache = folder.parent
-    with Worker("build", 1, _BUILD_MEMORY_BYTES) as builder, Worker("timer", target.threads) as timer:
+    # Thousands of small factorisations: BLAS threads only wait for each other there, and badly so on a busy machine.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        Worker("build", 1, _BUILD_MEMORY_BYTES) as builder,
+        Worker("timer", target.threads) as timer,
+    ):
         yield Session(
             options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
             notes=notes,

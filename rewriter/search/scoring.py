@@ -24,6 +24,7 @@ SELECT_SAMPLES: Mapping[Effort, int] = {"quick": 200, "normal": 400, "thorough":
 _BANK_SAMPLES = 512  # metrics that look at neighbours fit a bank of references on this many calibration samples
 _BANKED = ("similarity", "knn")
 _FEW_SAMPLES = 32  # enough to see what kind of output there is
+_LABELLED_SAMPLES = 400  # a linear probe is fitted on these
 _BATCH = 16
 
 
@@ -91,9 +92,10 @@ def spread(data: Dataset, count: int, seed: int) -> Dataset:
 
 
 def _reference_samples(data: Dataset, options: Options) -> Dataset:
-    """All labelled calibration samples (a probe needs them) and some others."""
+    """Labelled calibration samples (a probe needs them) and some others."""
     rng = np.random.default_rng(options.seed)
     known = np.zeros(len(data), bool) if data.labels is None else data.labels >= 0
     count = _BANK_SAMPLES if options.metric in _BANKED else _FEW_SAMPLES
     others = rng.permutation(np.flatnonzero(~known))[:count]
-    return data.subset(np.sort(np.concatenate([np.flatnonzero(known), others])))
+    labelled = rng.permutation(np.flatnonzero(known))[:_LABELLED_SAMPLES]
+    return data.subset(np.sort(np.concatenate([labelled, others])))
