@@ -84,7 +84,7 @@ def test_an_operator_nobody_knows(refused: Callable[..., str], tmp_path: Path) -
         (["--shape", "input_ids=0x3"], "input_ids=0x3"),
         (["--shape", "nothing=1x3"], "nothing"),
         (["--effort", "heroic"], "heroic"),
-        (["--precision", "int8"], "int8"),
+        (["--precision", "int3"], "int3"),
         (["--threads", "0"], "threads"),
         (["--max-time", "soon"], "soon"),
         (["--metric", "accuracy"], "--data"),

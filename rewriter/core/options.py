@@ -74,8 +74,8 @@ class Options:
         default="tvm", metadata={"help": "what runs the result", "choices": ("tvm", "onnxruntime", "auto")}
     )
     precision: Precision = field(
-        default="fp32",
-        metadata={"help": "number formats that may be used", "choices": ("fp32", "bf16", "int8", "any")},
+        default="any",
+        metadata={"help": "number format that linear layers may use where the accuracy allows it", "choices": ("fp32", "bf16", "int8", "any")},
     )
     effort: Effort = field(
         default="normal", metadata={"help": "how long to search", "choices": ("quick", "normal", "thorough")}

@@ -14,21 +14,24 @@ from rewriter.core.options import Effort
 from rewriter.core.site import Recognition, Site, State
 from rewriter.core.target import Target
 from rewriter.search.problem import Options
-from rewriter.search.selection import Selection
+from rewriter.search.selection import PRECISION, Selection
 
-# Levels per pass, by effort, when the pass stands alone at its site and when several meet there.
+# Levels per pass, by effort: when a pass cuts alone at its site, and when several cut there.
 _LEVELS_ALONE: Mapping[Effort, int] = {"quick": 6, "normal": 10, "thorough": 24}
-_LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 2, "normal": 3, "thorough": 6}
+_LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 5}
 
 
 def candidates(site: Site, selection: Selection, target: Target, effort: Effort) -> tuple[Options, ...]:
-    """Combinations of calibrated options at this site, the empty one first; options in the order of application."""
-    ladders = []
-    applicable = [one for one in selection.passes.values() if one.kind == "calibrated"]
-    offered = [levels for one in applicable if (levels := selection.options(one, site, target))]
-    count = (_LEVELS_ALONE if len(offered) < 2 else _LEVELS_TOGETHER)[effort]
-    for levels in offered:
-        ladders.append(((), *((option,) for option in thin(levels, count))))
+    """Combinations of calibrated options at this site, the empty one first; options in the order of application.
+
+    Number formats multiply whatever the cuts give.
+    """
+    calibrated = [one for one in selection.passes.values() if one.kind == "calibrated"]
+    offered = {one.name: levels for one in calibrated if (levels := selection.options(one, site, target))}
+    cuts = [levels for name, levels in offered.items() if name != PRECISION]
+    count = (_LEVELS_ALONE if len(cuts) < 2 else _LEVELS_TOGETHER)[effort]
+    ladders = [((), *((option,) for option in thin(levels, count))) for levels in cuts]
+    ladders.append(((), *((option,) for option in offered.get(PRECISION, ()))))
     return tuple(tuple(itertools.chain.from_iterable(picked)) for picked in itertools.product(*ladders))
 
 

@@ -22,7 +22,7 @@ from rewriter.report.output import check_room
 from rewriter.runtimes.tvm.target import detect
 from rewriter.runtimes.workers import Worker
 from rewriter.search.selection import select_passes
-from rewriter.search.session import Session, check_precision
+from rewriter.search.session import Session
 from rewriter.search.workload import choose_workload
 
 _BUILD_MEMORY_BYTES = 16 * 2**30
@@ -31,11 +31,11 @@ _BUILD_MEMORY_BYTES = 16 * 2**30
 @contextmanager
 def open_session(model: Path, options: Options, progress: Progress, folder: Path) -> Iterator[Session]:
     """Load, check, recognise. Raises `UserError` for bad input; ends the workers afterwards."""
-    notes = check_precision(options)
-    selection = select_passes(options.passes)
+    notes: list[str] = []
     if options.runtime != "tvm" and options.runtime not in ("onnxruntime", "auto"):
         raise OptionError(f"unknown runtime {options.runtime!r}", "Choose tvm, onnxruntime or auto")
     target = detect(options.target, options.threads)
+    selection = select_passes(options.passes, options.precision, target)
     with progress.stage("load", f"reading {model}"):
         graph = load(model)
         data = _data(graph, options)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from rewriter.core.errors import OptionError
 from rewriter.core.option import Option, parse_options
+from rewriter.core.options import Precision
 from rewriter.core.passes_registry import discover
 from rewriter.core.rewrite import Pass
 from rewriter.core.site import Site
 from rewriter.core.target import Target
 
-_ON_REQUEST = frozenset({"precision"})  # number formats are what --precision asks for, or --passes by name
+PRECISION = "precision"  # the pass whose options ``--precision`` decides
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,24 @@ class Selection:
         return tuple(o for o in offered if all(dict(o.parameters).get(key) == value for key, value in wanted.items()))
 
 
-def select_passes(text: str | None) -> Selection:
-    """From ``a,b{x=1}``; None means all. Raises `OptionError` that lists the passes there are."""
-    known = discover()
+def select_passes(text: str | None, precision: Precision, target: Target) -> Selection:
+    """From ``a,b{x=1}`` (None means all) and the number format that may be used.
+
+    ``any`` is the narrowest format that the target multiplies. Raises `OptionError` that lists the passes there are,
+    or when the target lacks the format asked for.
+    """
+    known = dict(discover())
+    dtype = precision if precision != "any" else next((d for d in ("int8", "bf16") if target.multiplies(d)), "fp32")
+    if not target.multiplies(dtype):
+        raise OptionError(
+            f"{target.name} has no instructions for --precision {dtype}",
+            "Use --precision fp32 or any, or another target",
+        )
+    if dtype == "fp32":
+        known.pop(PRECISION, None)
+    formats = {PRECISION: Option.of(PRECISION, dtype=dtype)}
     if text is None:
-        return Selection({name: one for name, one in known.items() if name not in _ON_REQUEST}, {})
+        return Selection(known, formats)
     asked = {option.name: option for option in parse_options(text)}
     unknown = [name for name in asked if name not in known]
     if unknown or not asked:
@@ -41,4 +55,5 @@ def select_passes(text: str | None) -> Selection:
             f"there is no pass named {unknown[0]!r}" if unknown else f"--passes {text!r} names no pass",
             f"Choose from {', '.join(sorted(known))}",
         )
-    return Selection({name: one for name, one in known.items() if name in asked}, asked)
+    taking_part = {name: one for name, one in known.items() if name in asked}
+    return Selection(taking_part, formats | {name: option for name, option in asked.items() if option.parameters})

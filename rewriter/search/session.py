@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import platformdirs
-from numpy.typing import NDArray
 
 from rewriter.accuracy.splits import Splits
-from rewriter.core.errors import ModelError, OptionError
+from rewriter.core.errors import ModelError
 from rewriter.core.options import Options
 from rewriter.core.progress import Progress
 from rewriter.core.site import Recognition, State
@@ -87,15 +85,3 @@ def scratch(cache: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_precision(options: Options) -> list[str]:
-    """Raise `OptionError` for number formats this version cannot produce; otherwise remarks for the report."""
-    if options.precision in ("bf16", "int8"):
-        raise OptionError(
-            f"--precision {options.precision} is not available in this version", "Use --precision fp32 or any"
-        )
-    return ["--precision any: this version produces fp32 only"] if options.precision == "any" else []
-
-
-Outputs = Mapping[str, NDArray[np.generic]]
