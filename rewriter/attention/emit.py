@@ -11,7 +11,16 @@ from rewriter.attention.build import Builder
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, HeadNorm, OutputProjection, Precision, Projection, Rotary
+from rewriter.core.site import (
+    AttentionSite,
+    FeedForwardSite,
+    HeadNorm,
+    OutputProjection,
+    Precision,
+    Projection,
+    Rotary,
+    ScoreBias,
+)
 
 
 def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | FeedForwardSite) -> None:
@@ -47,12 +56,19 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         heads=site.heads,
         scale=float(site.scale),
         softcap=float(site.softcap),
-        bias_kind="none" if not bias else "bool" if site.bias.kind in ("bool", "causal") else "add",
+        bias_kind=_bias_kind(site.bias),
         empty_rows=site.empty_rows,
         **attributes,
     )
     b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
     _output(b, site)
+
+
+def _bias_kind(bias: ScoreBias) -> str:
+    if bias.nothing:
+        return "none"
+    alone = not bias.also_causal and not bias.padding
+    return "bool" if alone and bias.kind in ("bool", "causal") else "add"
 
 
 def _output(b: Builder, site: AttentionSite) -> None:
@@ -168,10 +184,30 @@ def _table(b: Builder, name: str, turn: Rotary) -> str:
 
 def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
     bias = site.bias
-    if bias.kind == "none":
+    if bias.nothing:
         return ""
     if bias.kind == "causal":
-        return _causal(b, site, query, key)
+        return _causal(b, site, query, key, "start", f"{site.id}/bias")
+    parts = [] if bias.kind == "none" else [_base_bias(b, paths, site, query, key)]
+    if not bias.also_causal and not bias.padding:
+        return b.op("Identity", parts[0], output=f"{site.id}/bias")
+    if bias.kind == "bool":
+        parts = [_hidden(b, parts[0], -np.inf)]
+    if bias.also_causal:
+        parts.append(_hidden(b, _causal(b, site, query, key, bias.also_causal, ""), -np.inf))
+    if bias.padding:
+        valid = b.unsqueeze(b.op("Cast", bias.padding, to=9), 1, 2)
+        parts.append(_hidden(b, valid, bias.padding_fill))
+    return b.op("Sum", *parts, output=f"{site.id}/bias")
+
+
+def _hidden(b: Builder, allowed: str, fill: float) -> str:
+    """Zero where attending is allowed, `fill` elsewhere."""
+    return b.op("Where", allowed, b.constant(np.zeros(())), b.constant(np.array(fill)))
+
+
+def _base_bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
+    bias = site.bias
     name = bias.value
     if bias.kind == "fill":
         # so low that adding it replaces the score, whatever the graph's own number is
@@ -193,18 +229,18 @@ def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: st
         name = b.op("Reshape", name, b.joined([b.ints(-1, bias.heads_axis), lengths]))
     if bias.keep is not None and bias.heads_axis > 1:
         name = b.op("Gather", name, b.ints(*bias.keep), axis=-3)
-    return b.op("Identity", name, output=f"{site.id}/bias")
+    return name
 
 
-def _causal(b: Builder, site: AttentionSite, query: str, key: str) -> str:
-    """(1, 1, S, T), True where the key comes no later than the query."""
+def _causal(b: Builder, site: AttentionSite, query: str, key: str, aligned: str, output: str) -> str:
+    """(1, 1, S, T), True where the key comes no later than the query, counted from the start or from the end."""
     zero, one = b.constant(np.array(0, np.int64)), b.constant(np.array(1, np.int64))
-    steps = []
-    for name, projection in ((query, site.query), (key, site.key)):
-        length = b.op("Squeeze", b.size_of(name, _token_axis(projection)))
-        steps.append(b.op("Range", zero, length, one))
+    sizes = [b.op("Squeeze", b.size_of(n, _token_axis(p))) for n, p in ((query, site.query), (key, site.key))]
+    steps = [b.op("Range", zero, length, one) for length in sizes]
+    if aligned == "end":
+        steps[0] = b.op("Add", steps[0], b.op("Sub", sizes[1], sizes[0]))
     later = b.op("Less", b.unsqueeze(steps[0], 1), b.unsqueeze(steps[1], 0))
-    return b.op("Identity", b.unsqueeze(b.op("Not", later), 0, 1), output=f"{site.id}/bias")
+    return b.op("Identity", b.unsqueeze(b.op("Not", later), 0, 1), output=output)
 
 
 def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:

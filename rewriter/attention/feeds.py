@@ -201,20 +201,34 @@ def usable_feeds(
     if example is not None:
         interpreter.bind(example)  # raises for missing inputs
     for round_ in range(3):
-        usable = None
+        usable = second_best = None
         before = found[0].sizes if found else None
         near = near_choices(graph, round_, before) if before else iter(())
         for sizes in (*size_choices(graph, round_), *near):
             feeds = draw(graph, sizes, known, seed + round_, round_ > 0, example)
-            usable = _tried(interpreter, paths, feeds, sizes)
-            if usable:
+            run = _tried(interpreter, paths, feeds, sizes)
+            if run is not None and _as_declared(graph, run, sizes):
+                usable = run
                 break
+            second_best = second_best or run
+        usable = usable or second_best
         if usable is None and example is not None:
             usable = _tried(interpreter, paths, dict(example), None)
         if usable is None:
             return None
         found.append(usable)
     return found
+
+
+def _as_declared(graph: OnnxGraph, run: Run, sizes: Sizes) -> bool:
+    """Whether axes of outputs that have the names of drawn ones also have their sizes."""
+    pairs = [
+        (sizes.chosen[axis], size)
+        for spec in graph.outputs
+        for axis, size in zip(spec.shape, run.shapes.get(spec.name, ()), strict=False)
+        if isinstance(axis, str) and axis in sizes.chosen
+    ]
+    return all(declared == actual for declared, actual in pairs)
 
 
 def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array], sizes: Sizes | None) -> Run | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -25,27 +25,33 @@ class Operand:
     axes: tuple[int, ...]
     lead: tuple[int, ...]
     split: int = 0
+    part: tuple[int, int] | None = None  # (axis, index) picked first: one of several operands packed in a value
+    heads: tuple[int, int] | None = None  # the range of heads that belong to this operand, after `split`
 
     def arrange(self, array: Array) -> Array:
         """An array of the value's shape as (lead..., tokens, dim), broadcast as the product would."""
+        if self.part is not None:
+            array = np.take(array, self.part[1], self.part[0])
         if self.split:
             array = array.reshape(*array.shape[:-1], self.split, array.shape[-1] // self.split)
+        if self.heads is not None:
+            array = array[..., self.heads[0] : self.heads[1], :]
         array = np.transpose(array, self.axes)
         return np.broadcast_to(array, (*self.lead, *array.shape[-2:]))
 
     def swapped(self) -> Operand:
         """The same value with its last two axes read the other way round."""
-        return Operand(self.name, (*self.axes[:-2], self.axes[-1], self.axes[-2]), self.lead, self.split)
+        return replace(self, axes=(*self.axes[:-2], self.axes[-1], self.axes[-2]))
 
     @property
     def transposed(self) -> bool:
         """Whether the value is a four-dimensional (batch, heads, dim, tokens)."""
-        return self.axes == (0, 1, 3, 2) and not self.split
+        return self.axes == (0, 1, 3, 2) and not self.split and self.part is None
 
     @property
     def straight(self) -> bool:
         """Whether the value is a four-dimensional (batch, heads, tokens, dim)."""
-        return self.axes == (0, 1, 2, 3) and not self.split
+        return self.axes == (0, 1, 2, 3) and not self.split and self.part is None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.anchors import Anchor, read_elsewhere, softmax_anchor, softmax_values
-from rewriter.attention.fused import fused_bias, fused_operands, grouped, is_fused, number
+from rewriter.attention.fused import (
+    FusedForm,
+    fused_bias,
+    grouped,
+    is_fused,
+    number,
+    packed_projections,
+    read_fused,
+    with_added,
+    with_cache,
+)
 from rewriter.attention.linears import comes_from_inputs
 from rewriter.attention.masks import classify
 from rewriter.attention.operands import Operand, Product, matrix_product
@@ -25,9 +35,9 @@ from rewriter.core.site import Array, AttentionSite, Projection, ScoreBias, Stat
 class Core:
     """What every anchor gives, however it is spelled: three operands, a score function, a result."""
 
-    query: Operand
-    key: Operand
-    value: Operand
+    query: Operand | None
+    key: Operand | None
+    value: Operand | None
     context: Operand
     scale: float
     softcap: float
@@ -37,6 +47,8 @@ class Core:
     probabilities: str
     nodes: tuple[ir.Node, ...]
     inner: tuple[str, ...]  # values that must not survive the lowering
+    dims: tuple[int, int] = (0, 0)  # queries and keys, where operands do not tell
+    problems: tuple[Refusal, ...] = ()
 
 
 def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
@@ -134,7 +146,7 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
     """The site of a core whose operands are raised. A missing output projection leaves it merely found."""
     query, key, value = raised
     heads, batch = len(query.projection.head_of), query.batch
-    problems: list[Refusal] = []
+    problems: list[Refusal] = list(core.problems)
     output: RaisedOutput | None = None
     try:
         output = raise_output(trace, core.context, heads, batch, value.factor, query.projection.source)
@@ -169,6 +181,9 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
 
 
 def _lengths(trace: Trace, core: Core, batch: int) -> tuple[int, int]:
+    if core.query is None or core.key is None or any(core.dims):
+        return core.dims
+
     def tokens(operand: Operand) -> int:
         return int(operand.arrange(trace.value(operand.name)).shape[-2])
 
@@ -212,7 +227,9 @@ def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> Atte
     if core.offset is None:
         return replace(site, state=State.MAPPED if site.mapped else State.FOUND)
     offset = core.offset
-    if offset.ndim != 4:
+    if offset.ndim == 4:
+        offset = np.broadcast_to(offset, (batch, heads, *offset.shape[-2:]))
+    else:
         offset = offset.reshape(batch, heads, *offset.shape[-2:])
     mask, causal, soft = classify(offset)
     turned = site.query.rotary is not None or site.key.rotary is not None
@@ -225,30 +242,45 @@ def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> Atte
 
 def raise_fused(trace: Trace, node: ir.Node) -> AttentionSite:
     """The site around one attention operator; raises `Refused` for forms that are not understood."""
-    query, key, value, context = fused_operands(trace, node)
-    first, *others = (raise_operand(trace, operand) for operand in (query, key, value))
-    heads = len(first.projection.head_of)
-    raised = (first, grouped(others[0], heads), grouped(others[1], heads))
-    if len({r.batch for r in raised}) != 1:
-        raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in raised]}")
-    tokens, dim = query.arrange(trace.value(query.name)).shape[-2:]
-    keys = key.arrange(trace.value(key.name)).shape[-2]
-    bias, offset = fused_bias(trace, node, (tokens, keys))
+    form = read_fused(trace, node)
+    raised = packed_projections(trace, node) if form.operands is None else _fused_operands(trace, form, form.operands)
+    heads, batch = len(raised[0].projection.head_of), raised[0].batch
+    past = form.caches[0][0]
+    keys = form.dims[1] + (trace.shape(past)[-2] if past else 0)
+    bias, offset = fused_bias(trace, form, keys)
+    nothing = np.zeros((batch, heads, form.dims[0], keys))
+    query, key, value = form.operands or (None, None, None)
+    dim = raised[0].projection.dim
     core = Core(
         query,
         key,
         value,
-        context,
+        form.context,
         number(node, "scale", 0.0) or dim**-0.5,
         number(node, "softcap", 0.0),
         bias,
-        np.zeros((first.batch, heads, tokens, keys)) if offset is None else offset,
-        "zero",
+        nothing if offset is None else offset,
+        "zero" if form.empty_rows == "zero" else "nan",
         "",
         (node,),
-        (context.name,),
+        (form.context.name,),
+        (form.dims[0], keys),
+        form.problems,
     )
     return assemble(trace, core, raised)
+
+
+def _fused_operands(
+    trace: Trace, form: FusedForm, operands: tuple[Operand, Operand, Operand]
+) -> tuple[Raised, Raised, Raised]:
+    first, *others = (raise_operand(trace, operand) for operand in operands)
+    heads = len(first.projection.head_of)
+    if form.added:
+        first, *others = (with_added(r, part) for r, part in zip((first, *others), form.added, strict=True))
+    key, value = (grouped(with_cache(r, cache), heads) for r, cache in zip(others, form.caches, strict=True))
+    if len({r.batch for r in (first, key, value)}) != 1:
+        raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in (first, key, value)]}")
+    return first, key, value
 
 
 def raise_anchor(trace: Trace, node: ir.Node) -> AttentionSite | None:
