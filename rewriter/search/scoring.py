@@ -20,11 +20,11 @@ from rewriter.graph.onnx import OnnxGraph
 
 Outputs = dict[str, NDArray[Any]]
 
-SELECT_SAMPLES: Mapping[Effort, int] = {"quick": 200, "normal": 400, "thorough": 2000}
+SELECT_SAMPLES: Mapping[Effort, int] = {"quick": 150, "normal": 300, "thorough": 2000}
 _BANK_SAMPLES = 512  # metrics that look at neighbours fit a bank of references on this many calibration samples
 _BANKED = ("similarity", "knn")
 _FEW_SAMPLES = 32  # enough to see what kind of output there is
-_LABELLED_SAMPLES = 400  # a linear probe is fitted on these
+_LABELLED_SAMPLES = 250  # a linear probe is fitted on these
 _BATCH = 16
 
 

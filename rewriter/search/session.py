@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import psutil
 
 from rewriter.accuracy.splits import Splits
 from rewriter.core.errors import ModelError
@@ -78,9 +80,13 @@ def default_cache() -> Path:
 
 @contextmanager
 def scratch(cache: Path) -> Iterator[Path]:
-    """A folder below the cache that is removed afterwards, whatever happens."""
+    """A folder below the cache that is removed afterwards; what killed runs left there is removed first."""
     cache.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="run-", dir=cache))
+    for left in cache.glob("run-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=cache))
     try:
         yield folder
     finally:
