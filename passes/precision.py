@@ -27,8 +27,8 @@ class PrecisionPass(Pass):
         ``bf16`` rounds both operands of every linear layer of the sub-block to 8 bits of mantissa. ``int8`` scales
         every column of a weight by its largest magnitude to whole numbers from -127 to 127, every token between its
         least and its largest number to whole numbers from 0 to 255 while the model runs, and adds their products
-        exactly. The weights stay as they are until the graph is built, so that the
-        output projection is re-solved in full precision.
+        exactly. Scores and the mixing of values are in bf16 with either. The weights stay as they are until the graph
+        is built, so that the output projection is re-solved in full precision.
     When it applies
         Weights are fp32 and the target has the instructions (AVX512-BF16, AVX512-VNNI); a sub-block is rounded once.
     Exact or calibrated

@@ -59,6 +59,7 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         bias_kind=_bias_kind(site.bias),
         empty_rows=site.empty_rows,
         **attributes,
+        **({} if site.precision == "fp32" else {"precision": "bf16"}),
     )
     b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
     _output(b, site)

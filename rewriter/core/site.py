@@ -197,7 +197,7 @@ class AttentionSite:
     `mask` and `position` are classifications for people and passes; the truth is in `bias`, `rotary` and the graph.
     `escapes` lists values inside the region that something outside reads (probabilities, queries, keys, values).
     `example_shape` has the sizes (B, S, T) met while raising, `order` the position of the site in the data flow.
-    `precision` rounds the operands of every projection; scores and what follows them stay as they are.
+    `precision` rounds the operands of every projection; below fp32 those of scores and mixing are in bf16.
     """
 
     id: str

@@ -34,7 +34,7 @@ SIGNATURES: dict[str, Signature] = {
     "Attention": Signature(
         (3, 4),
         ("heads", "scale", *(f"{role}_heads" for role in _ROLES), *(f"{role}_head_of" for role in _ROLES)),
-        ("softcap", "bias_kind", "empty_rows"),
+        ("softcap", "bias_kind", "empty_rows", "precision"),
     ),
     "Rotary": Signature((3, 3), ("size",), ("interleaved", "sign")),
     "HeadNorm": Signature((2, 3), ("kind", "epsilon")),
@@ -54,7 +54,8 @@ def composite(
       rank 3 are (B, tokens, G * D), of rank 4 (B, G, tokens, D). `heads` is H, `query_heads`, `key_heads`,
       `value_heads` are each operand's G, `query_head_of`, `key_head_of`, `value_head_of` say which of its heads
       each of the H reads. `softcap` 0 is none; `bias_kind` is none, add or bool (True may attend); bias broadcasts
-      to (B, H, S, T). `empty_rows` (nan, zero) is what rows without an allowed key give.
+      to (B, H, S, T). `empty_rows` (nan, zero) is what rows without an allowed key give. `precision` is fp32, or bf16:
+      Q, scale * K, V and the exponentials are rounded to it, sums are not.
     - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading dims ``u * cos + sign * rotate(u) * sin``.
     - ``HeadNorm(x, gain, bias?)``, `kind` (layer, rms), `epsilon`: over the last axis.
 
@@ -117,6 +118,8 @@ def _head_problems(node: ir.Node, label: str) -> Iterator[str]:
     kind, biased = _text(node, "bias_kind", "none"), len(node.inputs) > 3 and node.inputs[3] is not None
     if kind not in ("none", "add", "bool") or biased != (kind != "none"):
         yield f"{label}: bias_kind {kind!r} does not fit {'a' if biased else 'no'} bias"
+    if _text(node, "precision", "fp32") not in ("fp32", "bf16"):
+        yield f"{label}: precision must be fp32 or bf16"
     if _text(node, "empty_rows", "nan") not in ("nan", "zero"):
         yield f"{label}: empty_rows must be nan or zero"
 

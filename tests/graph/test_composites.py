@@ -170,3 +170,17 @@ def test_sums_of_levels_are_exact_in_single_precision() -> None:
 def test_unknown_precision_is_named() -> None:
     with pytest.raises(ValueError, match="unknown precision 'int4'"):
         run("Linear", numbers(2, 4), numbers(4, 5), precision="int4")
+
+
+def test_attention_in_bfloat16() -> None:
+    q, k, v = (numbers(1, 2, 5, 8, seed=seed) for seed in range(3))
+    operands = {f"{role}_heads": 2 for role in ("query", "key", "value")}
+    picks = {f"{role}_head_of": [0, 1] for role in ("query", "key", "value")}
+    found = run("Attention", q, k, v, scale=0.5, heads=2, precision="bf16", **operands, **picks)
+    q, k, v = (torch.from_numpy(x).bfloat16().double().numpy() for x in (q, k * np.float32(0.5), v))
+    scores = q @ k.transpose(0, 1, 3, 2)
+    raised = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = torch.from_numpy(raised).bfloat16().double().numpy() / raised.sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, (weights @ v).transpose(0, 2, 1, 3).reshape(1, 5, -1), rtol=1e-9)
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+        run("Attention", q, k, v, scale=0.5, heads=2, precision="int8", **operands, **picks)

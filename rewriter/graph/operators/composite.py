@@ -12,7 +12,7 @@ from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.operators.attention import merge_heads, soft_cap, split_heads
 from rewriter.graph.operators.linear import hankel, product
 from rewriter.graph.operators.normalisation import rms
-from rewriter.graph.operators.number_formats import rounded_product
+from rewriter.graph.operators.number_formats import rounded_product, softmax_to_bf16, to_bf16
 from rewriter.graph.operators.registry import Call, operator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,16 +49,18 @@ def split(call: Call, x_BSN: Tensor) -> Tensor:
 
 @operator("Attention", domain=COMPOSITE_DOMAIN)
 def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``softmax(cap(scale * Q K^T) + bias) V`` as (B, S, H * Dv)."""
+    """``softmax(cap(scale * Q K^T) + bias) V`` as (B, S, H * Dv), both products in bfloat16 if `precision` says so."""
     q, k, v = (_operand(call, tensor, role) for tensor, role in ((query, "query"), (key, "key"), (value, "value")))
-    if _fused_form_agrees(call, q, bias):
+    scale, narrow = call.get("scale", 1.0), call.get("precision", "fp32") == "bf16"
+    if not narrow and _fused_form_agrees(call, q, bias):
         mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
         return merge_heads(functional.scaled_dot_product_attention(q, k, v, mask, scale=call.get("scale", 1.0)))
-    scores = soft_cap((q * call.get("scale", 1.0)) @ k.transpose(-1, -2), call.get("softcap", 0.0))
+    q, k, v = (to_bf16(q), to_bf16(k * scale), to_bf16(v)) if narrow else (q * scale, k, v)
+    scores = soft_cap(q @ k.transpose(-1, -2), call.get("softcap", 0.0))
     if bias is not None:
         kind = call.get("bias_kind", "add")
         scores = scores.masked_fill(~bias, -torch.inf) if kind == "bool" else scores + bias
-    weights = torch.softmax(scores, -1)
+    weights = softmax_to_bf16(scores) if narrow else torch.softmax(scores, -1)
     if bias is not None and call.get("empty_rows", "nan") == "zero":
         weights = torch.where(torch.isnan(weights), torch.zeros_like(weights), weights)
     return merge_heads(weights @ v)

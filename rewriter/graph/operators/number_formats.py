@@ -18,10 +18,21 @@ _EXACT_TERMS = 512  # products of levels that fp32 adds without rounding: 512 * 
 def rounded_product(x: Tensor, weight_CN: Tensor, precision: str) -> Tensor:
     """``x @ weight`` with operands rounded to a number format, bf16 or int8."""
     if precision == "bf16":
-        return x.to(torch.bfloat16).to(x.dtype) @ weight_CN.to(torch.bfloat16).to(x.dtype)
+        return to_bf16(x) @ to_bf16(weight_CN)
     levels, scale = quantised_tokens(x)
     weight_levels, weight_scale = quantised_columns(weight_CN)
     return _exact(levels, weight_levels) * (scale * weight_scale)
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    """Rounded to bfloat16, in the dtype of x."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def softmax_to_bf16(scores: Tensor) -> Tensor:
+    """Softmax over the last axis whose exponentials, but not their sum, are rounded to bfloat16."""
+    raised = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return to_bf16(raised) / raised.sum(-1, keepdim=True)
 
 
 def quantised_columns(weight_CN: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import tvm
 from tvm import relax
@@ -23,6 +24,10 @@ torch.set_num_threads(1)
 @cache
 def target(threads: int = 1) -> Target:
     return detect("cpu", threads)
+
+
+def needs(feature: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(feature not in target().features, reason=f"this processor has no {feature}")
 
 
 def run_kernel(

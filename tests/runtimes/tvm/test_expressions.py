@@ -15,6 +15,7 @@ EXACT = {
     "tanh": np.tanh,
     "sigmoid": expit,
     "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
+    "coarse_gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x * expit(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
@@ -35,4 +36,5 @@ def test_function_is_accurate_in_fp32(name: str) -> None:
     with np.errstate(over="ignore"):
         wanted = EXACT[name](x.astype(np.float64))
     error = np.abs(got - wanted) / np.maximum(1.0, np.abs(wanted))
-    assert error.max() < 2e-6, f"{name} at {x[error.argmax()]}"
+    bound = 1.2e-4 if name == "coarse_gelu" else 2e-6
+    assert error.max() < bound, f"{name} at {x[error.argmax()]}"

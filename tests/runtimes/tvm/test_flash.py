@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
+from rewriter.runtimes.tvm.kernels import gemm_bf16
 from rewriter.runtimes.tvm.kernels.attention import Attention, Bias, Operand, Tile
 from rewriter.runtimes.tvm.kernels.flash import make_flash
-from tests.runtimes.tvm.harness import numbers, run_kernel
+from rewriter.runtimes.tvm.kernels.flash_bf16 import make_flash_bf16
+from rewriter.runtimes.tvm.kernels.gemm_bf16 import rounded
+from tests.runtimes.tvm.harness import needs, numbers, run_kernel
 
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -93,7 +96,7 @@ def laid_out(case: Case, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.B}x{case.S}x{case.T} {case.mask}")
-def test_matches_float64(case: Case) -> None:
+def test_matches_float64(case: Case, bf16: bool = False) -> None:
     q = numbers(case.B, case.H, case.S, case.D, seed=1)
     k, v = numbers(case.B, case.G, case.T, case.D, seed=2), numbers(case.B, case.G, case.T, case.Dv, seed=3)
     mask = make_mask(case)
@@ -105,11 +108,24 @@ def test_matches_float64(case: Case) -> None:
         case.softcap, bias, case.empty, case.lanes, case.threads,
     )  # fmt: skip
     inputs = [*arrays, *([] if mask is None else [mask])]
-    (got,) = run_kernel(make_flash(spec, case.tile), inputs, (case.B, case.S, case.H * case.Dv))
+    make = make_flash_bf16 if bf16 else make_flash
+    (got,) = run_kernel(make(spec, case.tile), inputs, (case.B, case.S, case.H * case.Dv))
+    if bf16:
+        q, v = rounded(q), rounded(v)
+        k = rounded(k * np.float32(case.D**-0.5)) / np.float32(case.D**-0.5)
     wanted = reference(case, q, k, v, mask)
     if "empty row" in case.mask:
         assert np.isnan(wanted).any() == (case.empty == "nan")
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6)
+    # Probabilities are rounded before they are divided by their sum, so only their size is modelled here.
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2.0**-9 * np.abs(v).max() if bf16 else 2e-6)
+
+
+@needs(gemm_bf16.FEATURE)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.B}x{case.S}x{case.T} {case.mask}")
+def test_bf16_rounds_operands_and_probabilities(case: Case) -> None:
+    tile = replace(case.tile, vectors=2)
+    wide = replace(case, D=-(-case.D // 32) * 32, Dv=-(-case.Dv // 16) * 16, lanes=16, tile=tile)
+    test_matches_float64(wide, bf16=True)
 
 
 def test_windows_of_one_packed_buffer() -> None:

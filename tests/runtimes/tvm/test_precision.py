@@ -41,7 +41,8 @@ def test_one_layer_is_what_the_interpreter_says(precision: str, threads: int) ->
     for activation in ("", "gelu"):
         graph = linear(precision, activation)
         wanted = Interpreter(graph).run(x)["y"].numpy()
-        assert relative(run_graph(graph, x, threads)["y"], wanted) < 2e-6
+        bound = 1e-4 if activation and precision == "int8" else 2e-6  # its GELU is as coarse as its operands allow
+        assert relative(run_graph(graph, x, threads)["y"], wanted) < bound
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -62,6 +63,20 @@ def test_encoder_stays_near(precision: str, bound: float) -> None:
     ours = relative(run_graph(rounded, given)["norm2"], reference)
     model = relative(Interpreter(rounded).run(given)["norm2"].numpy(), reference)
     assert 1e-5 < ours < bound and 0.8 < ours / model < 1.25
+
+
+@pytest.mark.parametrize(("dim", "kernel"), [(32, "flash_bf16"), (20, "flash")])
+def test_attention_in_bfloat16_where_vectors_are_whole(dim: int, kernel: str) -> None:
+    encoder = Encoder(width=2 * dim)
+    core = next(node for node in encoder.graph.model.graph if node.op_type == "Attention")
+    core.attributes.add(ir.AttrString("precision", "bf16"))
+    given = feeds(2, 11, 9)
+    module = compiling.lower(encoder.graph, [{name: array.shape for name, array in given.items()}], target())
+    names = {variable.name_hint for variable in module.functions.get_global_vars()}
+    expected = kernel if target().multiplies("bf16") else "flash"
+    assert any(name.rsplit("_", 1)[0] == expected for name in names)
+    wanted = Interpreter(encoder.graph).run(given)["norm2"].numpy()
+    assert relative(run_graph(encoder.graph, given)["norm2"], wanted) < 3e-3
 
 
 def test_projections_are_packed_where_their_precision_is_equal() -> None:

@@ -19,6 +19,7 @@ from rewriter.runtimes.tvm.kernels.emit import Expression, splat
 ERF_RANGE = 3.925  # beyond it erf rounds to one in fp32
 EXP_LOW = -87.0  # exp below it is denormal or zero
 EXP_HIGH = 88.0
+GELU_RANGE = 4.5  # beyond it GELU differs from 0 or v by 1e-5
 TANH_RANGE = 9.02  # beyond it tanh rounds to one in fp32
 
 Coefficients = tuple[float, ...]
@@ -148,6 +149,29 @@ def gelu(v: Expression, lanes: int) -> Expression:
     half = a * splat(0.5, lanes)
     erf_of_a = a * horner(tuple(c * step**0.5 for c in scaled_top), z, lanes) / horner(scaled_bottom, z, lanes)
     return T.max(v, splat(0.0, lanes)) - (half - half * erf_of_a)
+
+
+@cache
+def gelu_tail_coefficients() -> Coefficients:
+    """a (1 - erf(a / sqrt 2)) / 2 as a polynomial without constant term on [0, `GELU_RANGE`]; error 1e-4."""
+    a = _chebyshev_points(4000) * GELU_RANGE
+    columns, target = a[:, None] ** np.arange(1, 10), a / 2 * (1 - exact_erf(a / 2**0.5))
+    unit = GELU_RANGE ** np.arange(1, 10)
+    weight, best = np.ones_like(a), (np.inf, np.zeros(9))
+    for _ in range(60):
+        solution, *_ = np.linalg.lstsq(columns / unit * weight[:, None], target * weight, rcond=None)
+        residual = np.abs(columns / unit @ solution - target)
+        if residual.max() < best[0]:
+            best = (float(residual.max()), solution / unit)
+        weight *= np.sqrt(residual / residual.mean() + 0.05)
+        weight /= weight.mean()
+    return tuple(map(float, best[1]))
+
+
+def coarse_gelu(v: Expression, lanes: int) -> Expression:
+    """GELU to 1e-4, without a division: for results that are rounded to 8 bits next."""
+    a = T.min(T.max(v, splat(0.0, lanes) - v), splat(GELU_RANGE, lanes))
+    return T.max(v, splat(0.0, lanes)) - a * horner(gelu_tail_coefficients(), a, lanes)
 
 
 def gelu_tanh(v: Expression, lanes: int) -> Expression:

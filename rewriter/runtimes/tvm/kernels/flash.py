@@ -23,21 +23,26 @@ LOWEST = float(np.finfo(np.float32).min)
 
 def make_flash(attention: Attention, tile: Tile, name: str = "flash") -> Any:
     """PrimFunc (Q, K, V, bias?, O (B, S, H * Dv)); the same packed buffer may be given for Q, K and V."""
+    return emit.prim_func(name, arguments_of(attention), 1, FlashWriter(attention, tile).body)
+
+
+def arguments_of(attention: Attention) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of what an attention kernel takes."""
     operands = (("q", attention.query), ("k", attention.key), ("v", attention.value))
     arguments = [(name, operand.shape, "float32") for name, operand in operands]
     if attention.bias is not None:
         arguments.append(("bias", attention.bias.shape, attention.bias.dtype))
     width = attention.heads * attention.value.dim
     arguments.append(("o", (attention.B, attention.S, width), "float32"))
-    return emit.prim_func(name, arguments, 1, _Writer(attention, tile).body)
+    return arguments
 
 
 def _flat(buffer: Buffer, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
     return emit.flat(buffer, (prod(shape),), dtype)
 
 
-class _Writer:
-    """Emits the statements of one attention."""
+class FlashWriter:
+    """Emits the statements of one attention. Subclasses hold and multiply operands in other number formats."""
 
     def __init__(self, attention: Attention, tile: Tile) -> None:
         self.a, self.tile, self.lanes = attention, tile, attention.lanes
@@ -65,8 +70,7 @@ class _Writer:
 
     def _head(self) -> None:
         tile, lanes = self.tile, self.lanes
-        self.Kt = scratch((self.padded // self.width, self.a.key.dim, self.width))
-        self.Vp = scratch((self.a.T, self.out_vectors * lanes))
+        self._make_operands()
         self.P = scratch((tile.queries, self.keys))
         self.top = scratch((tile.queries, lanes))
         self.total = scratch((tile.queries, lanes))
@@ -83,6 +87,10 @@ class _Writer:
                 self._queries(part * tile.queries, tile.queries)
         if left:
             self._queries(full * tile.queries, left)
+
+    def _make_operands(self) -> None:
+        self.Kt = scratch((self.padded // self.width, self.a.key.dim, self.width))
+        self.Vp = scratch((self.a.T, self.out_vectors * self.lanes))
 
     # ---- packing
 
@@ -180,6 +188,16 @@ class _Writer:
         lanes, used = self.lanes, self.tile.vectors
         for slot in range(rows * used):
             store(self.acc, emit.zero_for(lanes), slot, vec(0, lanes))
+        self._score_sums(first, row, rows, key, panel)
+        for i in range(rows):
+            for n in range(used):
+                inside = max(0, min(lanes, live - n * lanes))
+                column = panel * self.width + n * lanes
+                value = self._biased(self.acc[i * used + n, vec(0, lanes)], first + row + i, key + column, inside)
+                store(self.P, value, row + i, vec(column, lanes))
+
+    def _score_sums(self, first: Index, row: Index, rows: int, key: Index, panel: Index) -> None:
+        lanes, used = self.lanes, self.tile.vectors
         at = [self._at(self.a.query, self.a.query_head_of, first + row + i) for i in range(rows)]
         with loop(self.a.key.dim) as dim:
             for i in range(rows):
@@ -187,12 +205,6 @@ class _Writer:
                     where = (i * used + n, vec(0, lanes))
                     keys = self.Kt[T.floordiv(key, self.width) + panel, dim, vec(n * lanes, lanes)]
                     store(self.acc, self.acc[where] + splat(self.Q[at[i] + dim], lanes) * keys, *where)
-        for i in range(rows):
-            for n in range(used):
-                inside = max(0, min(lanes, live - n * lanes))
-                column = panel * self.width + n * lanes
-                value = self._biased(self.acc[i * used + n, vec(0, lanes)], first + row + i, key + column, inside)
-                store(self.P, value, row + i, vec(column, lanes))
 
     def _biased(self, score: Expression, query: Index, key: Index, inside: int) -> Expression:
         lanes, low = self.lanes, splat(-T.infinity("float32"), self.lanes)
@@ -258,17 +270,21 @@ class _Writer:
                         at = vec((start + n) * lanes, lanes)
                         begin = self.partial[row + offset + i, at] if self.blocks > 1 else emit.zero_for(lanes)
                         store(self.acc, begin, i * used + n, vec(0, lanes))
-                with loop(keys) as token:
-                    for i in range(part):
-                        for n in range(used):
-                            where = (i * used + n, vec(0, lanes))
-                            right = self.Vp[key + token, vec((start + n) * lanes, lanes)]
-                            weight = splat(self.P[row + offset + i, token], lanes)
-                            store(self.acc, self.acc[where] + weight * right, *where)
+                self._value_sums(row + offset, part, start, used, key, keys)
                 for i in range(part):
                     for n in range(used):
                         at = vec((start + n) * lanes, lanes)
                         store(self.partial, self.acc[i * used + n, vec(0, lanes)], row + offset + i, at)
+
+    def _value_sums(self, row: Index, rows: int, start: int, used: int, key: Index, keys: int) -> None:
+        lanes = self.lanes
+        with loop(keys) as token:
+            for i in range(rows):
+                for n in range(used):
+                    where = (i * used + n, vec(0, lanes))
+                    right = self.Vp[key + token, vec((start + n) * lanes, lanes)]
+                    weight = splat(self.P[row + i, token], lanes)
+                    store(self.acc, self.acc[where] + weight * right, *where)
 
     def _write(self, first: Index, count: int) -> None:
         """O = partial / sum; a row whose scores were all -inf follows `empty_rows`."""

@@ -7,8 +7,9 @@ K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,7 @@ class TileWriter:
     """
 
     words = sums = "float32"
+    activations: ClassVar[Mapping[str, Callable[[Expression, int], Expression]]] = ACTIVATIONS
 
     def __init__(self, gemm: Gemm, tile: Tile) -> None:
         self.gemm, self.tile = gemm, tile
@@ -208,7 +210,7 @@ class TileWriter:
 
     def _finish(self, row: Index, panel: Index, n: int, slot: int, columns: int) -> None:
         lanes = self.gemm.lanes
-        value = ACTIVATIONS[self.gemm.activation](self._sum(row, panel, n, slot, columns), lanes)
+        value = self.activations[self.gemm.activation](self._sum(row, panel, n, slot, columns), lanes)
         column = panel * self.width + n * lanes
         live = min(lanes, columns - n * lanes)
         if live == lanes:

@@ -7,7 +7,7 @@ what the zero points add, minus zero point times column sum of B, and are exact 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, splat, vec
+from rewriter.runtimes.tvm.kernels.expressions import ACTIVATIONS, coarse_gelu
 from rewriter.runtimes.tvm.kernels.gemm import GROUP, Gemm, Tile, TileWriter, pack
 
 FEATURE, LANES = "avx512_vnni", 16
@@ -75,6 +76,7 @@ def make_gemm_int8(gemm: Gemm, tile: Tile, name: str = "gemm_int8") -> Any:
 
 class _Writer(TileWriter):
     words = sums = "int32"
+    activations: ClassVar = {**ACTIVATIONS, "gelu": coarse_gelu}  # beside what the operands were rounded by
 
     def body(self, *buffers: Buffer) -> None:
         """See `TileWriter.body`; what belongs to rows and columns is taken out of the way first."""

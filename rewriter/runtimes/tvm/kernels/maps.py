@@ -14,6 +14,7 @@ from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, loop, scratch
 
 FUNCTIONS: dict[str, Callable[[Expression, int], Expression]] = {
     **{name: function for name, function in expressions.ACTIVATIONS.items() if name},
+    "coarse_gelu": expressions.coarse_gelu,
     "erf": expressions.erf,
     "exp": expressions.exp,
     "sigmoid": expressions.sigmoid,

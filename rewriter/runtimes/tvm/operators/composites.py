@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rewriter.runtimes.tvm.kernels import attention, flash
+from rewriter.runtimes.tvm.kernels import attention, flash, flash_bf16
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
 from rewriter.runtimes.tvm.operators.reductions import norm_call
 from rewriter.runtimes.tvm.operators.registry import integers, lowers
@@ -34,8 +34,11 @@ def _attention(lowering: Lowering, node: Node) -> Any:
         float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias,
         "zero" if node.attributes.get("empty_rows", "nan") == "zero" else "nan", lowering.lanes, lowering.threads,
     )  # fmt: skip
-    tile = lowering.tiles.flash(spec)
-    kernel = lowering.kernels.get("flash", (spec, tile), lambda unique: flash.make_flash(spec, tile, unique))
+    tile, name, make = lowering.tiles.flash(spec), "flash", flash.make_flash
+    if node.attributes.get("precision", "fp32") == "bf16" and lowering.target.multiplies("bf16"):
+        # Shapes it does not serve, and processors without it, get more digits than asked for at the same meaning.
+        name, make = ("flash_bf16", flash_bf16.make_flash_bf16) if flash_bf16.serves(spec) else (name, make)
+    kernel = lowering.kernels.get(name, (spec, tile), lambda unique: make(spec, tile, unique))
     inputs = [lowering.value(node.inputs[index]) for index in range(3)] + ([] if value is None else [value])
     return lowering.call(kernel, inputs, ((batch, spec.S, spec.heads * spec.value.dim), "float32"))
 
