@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 BUILD := build/minilm
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models minilm -o $(BUILD)
@@ -26,6 +26,10 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.demo $(BUILD)/minilm.onnx
 	$(BIN)/python -m rewriter.benchmark $(BUILD)
+
+# Every family by every exporter: what is recognised, here and by others. Exports are kept in build/matrix.
+matrix: $(VENV)/.test
+	$(BIN)/python -m models.matrix
 
 $(BUILD)/minilm.onnx:
 	$(BIN)/python -m models minilm -o $(BUILD)

@@ -128,8 +128,8 @@ def _values_product(trace: Trace, anchor: Anchor) -> tuple[Operand, Operand]:
 
 
 def _empty_rows(trace: Trace, anchor: Anchor) -> Literal["nan", "zero"]:
-    tainted = np.full(trace.shape(anchor.probabilities), np.nan)
-    arrived = trace.probe(anchor.probabilities, anchor.reader.consumed, [tainted])
+    hidden = np.full(trace.shape(anchor.scores), -np.inf)
+    arrived = trace.probe(anchor.scores, anchor.reader.consumed, [hidden])
     return "nan" if arrived is None or np.isnan(arrived[0]).any() else "zero"
 
 
