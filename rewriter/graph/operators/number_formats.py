@@ -1,8 +1,8 @@
-"""Products of linear layers in bfloat16 and 8-bit integers, rounded exactly as the kernels round them.
+"""Products of linear layers in bfloat16 and 8-bit integers, rounded as the kernels round them.
 
-bf16: both operands are rounded to nearest, ties to even; sums stay in the dtype of x. int8: each column of the
-weight has levels -127 to 127 by its largest magnitude, each row (token) of x has 255 levels between its least and its
-largest number and zero; sums are exact.
+bf16: both operands are rounded to nearest, ties to even; sums stay in the dtype of x. int8: each column of the weight
+has levels -127 to 127 by its largest magnitude, each row (token) of x has 255 levels between its least and its largest
+number and zero. Kernels add products exactly; fp32 here does up to 2^24, and to 1e-7 beyond.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch import Tensor
 
 LEVELS, STEPS = 127.0, 254.0
 TINY = 1e-30  # the least magnitude that is scaled by: rows and columns of zeros stay zeros
-_EXACT_TERMS = 512  # products of levels that fp32 adds without rounding: 512 * 127 * 255 < 2^24
 
 
 def rounded_product(x: Tensor, weight_CN: Tensor, precision: str) -> Tensor:
@@ -21,7 +20,7 @@ def rounded_product(x: Tensor, weight_CN: Tensor, precision: str) -> Tensor:
         return to_bf16(x) @ to_bf16(weight_CN)
     levels, scale = quantised_tokens(x)
     weight_levels, weight_scale = quantised_columns(weight_CN)
-    return _exact(levels, weight_levels) * (scale * weight_scale)
+    return (levels @ weight_levels).mul_(scale).mul_(weight_scale)
 
 
 def to_bf16(x: Tensor) -> Tensor:
@@ -42,22 +41,9 @@ def quantised_columns(weight_CN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantised_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(levels less the zero point, scale) with ``x ~ levels * scale``, as the kernels compute them."""
+    """(levels less the zero point, scale) with ``x ~ levels * scale``."""
     low, high = x.amin(-1, keepdim=True).clamp_max(0.0), x.amax(-1, keepdim=True).clamp_min(0.0)
     span = (high - low).clamp_min(TINY)
-    # Sums are rounded once, as by a fused multiply-add: fp32 products are exact in float64.
-    inverse = (STEPS / span).to(torch.float64)
-    zero = torch.round(-low.to(torch.float64) * inverse)
-    levels = torch.round(x.to(torch.float64) * inverse + zero) - zero
-    return levels.to(x.dtype), span / STEPS
-
-
-def _exact(levels: Tensor, weight_levels: Tensor) -> Tensor:
-    """The product of whole numbers, without rounding in fp32 either."""
-    if levels.dtype == torch.float64:
-        return levels @ weight_levels
-    parts = zip(levels.split(_EXACT_TERMS, -1), weight_levels.split(_EXACT_TERMS, 0), strict=True)
-    total = torch.zeros((), dtype=torch.float64)
-    for left, right in parts:
-        total = total + (left.float() @ right.float()).to(torch.float64)
-    return total.to(levels.dtype)
+    inverse = STEPS / span
+    zero = torch.round(-low * inverse)
+    return (x * inverse).add_(zero).round_().sub_(zero), span / STEPS
