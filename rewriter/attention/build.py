@@ -54,7 +54,7 @@ class Builder:
             array = array.astype(self.dtype)
         # for checks alone, a view of a large matrix must not become a copy
         self.constants[name] = np.ascontiguousarray(array) if self.dtype is not None else array
-        self._values[name] = ir.Value(name=name, const_value=ir.tensor(self.constants[name], name=name))
+        self._values[name] = ir.Value(name=name, const_value=ir.Tensor(self.constants[name], name=name))
         return name
 
     def ints(self, *numbers: int) -> str:

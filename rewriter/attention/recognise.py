@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from rewriter.attention.control_flow import inside_control_flow
+from rewriter.attention.dequantise import dequantised, is_quantised
 from rewriter.attention.feed_forward import raise_feed_forward
 from rewriter.attention.feeds import usable_feeds
 from rewriter.attention.judge import Judge
@@ -27,9 +30,10 @@ from rewriter.attention.sites import raise_anchor
 from rewriter.attention.trace import Trace, drawn, label
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, Recognition, Site, Unrecognised
+from rewriter.core.site import AttentionSite, FeedForwardSite, Recognition, Site, State, Unrecognised
 from rewriter.graph.onnx import OnnxGraph
 
+SiteKind = TypeVar("SiteKind", AttentionSite, FeedForwardSite)
 # what odd graphs make numpy and torch raise; each becomes a refusal that names the node
 _FAILURES = (UserError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
@@ -39,24 +43,42 @@ def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, s
 
     `feeds` is one example of the inputs; dynamic axes are cut to a few tokens. Without it, feeds are drawn from what
     the inputs are used for. A graph that takes neither gives no sites, and names its softmaxes as unrecognised.
-    Raises `DataError` if an input is missing from `feeds`.
+    Raises `DataError` if an input is missing from `feeds`. Sites of quantised graphs are found and mapped on a copy
+    that computes in floats, and are not to be rewritten.
     """
     with _one_thread():
-        paths = Paths(graph)
-        interpreter = drawn(graph, paths)
-        runs = usable_feeds(interpreter, paths, feeds, seed)
-        if runs is None:
-            return _nothing(graph)
-        first, second, third = runs
-        remember(graph, first.shapes, second.shapes)
-        trace = Trace(graph, first.feeds, interpreter)
-        judge = Judge(trace, second.feeds, seed, raise_site)
-        sites, unrecognised = _judged(trace, judge)
-        native = Native(graph, paths)
-        sites = [with_own_weights(site, trace.recipes, native.matrix) for site in judge.together(sites, third.feeds)]
+        found = _recognise(dequantised(graph), feeds, seed) if is_quantised(graph) else _recognise(graph, feeds, seed)
+    found = replace(found, unrecognised=(*found.unrecognised, *inside_control_flow(graph)))
+    return _as_quantised(found) if is_quantised(graph) else found
+
+
+def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
+    paths = Paths(graph)
+    interpreter = drawn(graph, paths)
+    runs = usable_feeds(interpreter, paths, feeds, seed)
+    if runs is None:
+        return _nothing(graph)
+    first, second, third = runs
+    remember(graph, first.shapes, second.shapes)
+    trace = Trace(graph, first.feeds, interpreter)
+    judge = Judge(trace, second.feeds, seed, raise_site)
+    sites, unrecognised = _judged(trace, judge)
+    native = Native(graph, paths)
+    sites = [with_own_weights(site, trace.recipes, native.matrix) for site in judge.together(sites, third.feeds)]
     attention = tuple(site for site in sites if isinstance(site, AttentionSite))
     feed_forward = tuple(site for site in sites if isinstance(site, FeedForwardSite))
     return Recognition(attention, feed_forward, unrecognised)
+
+
+def _as_quantised(found: Recognition) -> Recognition:
+    """The same sites, which must not be rewritten: their weights are not what the model computes with."""
+    why = Refusal("quantised", "weights or activations here are quantised; rewrite the model before quantising it")
+
+    def capped(site: SiteKind) -> SiteKind:
+        state = State.MAPPED if site.state is State.LOWERABLE else site.state
+        return replace(site, state=state, problems=(*site.problems, why))
+
+    return Recognition(tuple(map(capped, found.attention)), tuple(map(capped, found.feed_forward)), found.unrecognised)
 
 
 @contextlib.contextmanager

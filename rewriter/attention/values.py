@@ -72,14 +72,10 @@ class Values(dict[str, Tensor]):
         self._run([node for _, node in sorted(needed.items())])
 
     def _run(self, nodes: Iterable[ir.Node]) -> None:
-        for node in nodes:
-            self.interpreter.run_nodes([node], self)
-            made = {
-                v.name: dict.__getitem__(self, v.name)
-                for v in node.outputs
-                if v.name and dict.__contains__(self, v.name)
-            }
-            self._note(made)
+        listed = list(nodes)
+        self.interpreter.run_nodes(listed, self)
+        names = [str(value.name) for node in listed for value in node.outputs if value.name]
+        self._note({name: dict.__getitem__(self, name) for name in names if dict.__contains__(self, name)})
 
     def _note(self, values: Mapping[str, Tensor]) -> None:
         for name, tensor in values.items():
