@@ -76,4 +76,4 @@ def _line(counts: list[int], times: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
