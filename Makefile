@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/optimize $(BUILD)/minilm.onnx --target llvm --data $(BUILD)/data.npz --max-drop 1% -o $(BUILD)/optimized
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Exactly what CI runs besides the tests: format, lint, types, the import contract.
 check: $(VENV)/.test

@@ -17,7 +17,7 @@ from rewriter.search.problem import Options
 from rewriter.search.selection import PRECISION, Selection
 
 # Levels per pass, by effort: when a pass cuts alone at its site, and when several cut there.
-_LEVELS_ALONE: Mapping[Effort, int] = {"quick": 6, "normal": 10, "thorough": 24}
+_LEVELS_ALONE: Mapping[Effort, int] = {"quick": 4, "normal": 7, "thorough": 24}
 _LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 5}
 
 
@@ -31,8 +31,13 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
     cuts = [levels for name, levels in offered.items() if name != PRECISION]
     count = (_LEVELS_ALONE if len(cuts) < 2 else _LEVELS_TOGETHER)[effort]
     ladders = [((), *((option,) for option in thin(levels, count))) for levels in cuts]
-    ladders.append(((), *((option,) for option in offered.get(PRECISION, ()))))
-    return tuple(tuple(itertools.chain.from_iterable(picked)) for picked in itertools.product(*ladders))
+    combined = [tuple(itertools.chain.from_iterable(picked)) for picked in itertools.product(*ladders)]
+    formats = offered.get(PRECISION, ())
+    if not formats:
+        return tuple(combined)
+    # Rounding costs so much less quality than it saves time that combined cuts are tried on top of it only.
+    single = [combination for combination in combined if len(combination) <= 1]
+    return (*single, *((*combination, rounded) for rounded in formats for combination in combined))
 
 
 def thin(levels: Sequence[Option], count: int) -> tuple[Option, ...]:

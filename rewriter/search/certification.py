@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rewriter.accuracy.certificate import Verdict, certify, foresee
 from rewriter.accuracy.ledger import Ledger
 from rewriter.accuracy.paired import Paired
-from rewriter.calibration.data import Dataset, run_all
+from rewriter.calibration.data import Dataset
 from rewriter.core.options import Effort
 from rewriter.measurement.bench import Subject
-from rewriter.runtimes.base import of_spec
 from rewriter.runtimes.workers import Worker, WorkerFailure
-from rewriter.search.scoring import Outputs, Scorer, outputs_of, spread, token_mask
+from rewriter.search.scoring import Outputs, Scorer, reference_outputs, run_artifact, spread, token_mask
 from rewriter.search.session import Session
 from rewriter.search.variant import Variant
 
 _SECONDS: Mapping[Effort, float] = {"quick": 20.0, "normal": 30.0, "thorough": 600.0}
-_FEWEST = 200
+_FEWEST, _MOST = 200, {"quick": 1000, "normal": 2000, "thorough": 100_000}
 CONFIDENCE = 0.95
 
 
@@ -52,31 +48,27 @@ def certify_front(session: Session, scorer: Scorer, candidates: Sequence[Candida
 
     Fixed-sequence testing: each is tested at the full level, because it is reached only if all before it passed.
     The split is opened for the whole sequence at once, which the ledger records. Candidates without a real chance
-    are not brought before it, and a split that could certify nothing stays closed.
+    (see `worthy`) should not be brought before it.
     """
     assert session.splits is not None
     data = _samples(session, scorer, max(c.latency_s for c in candidates))
     ordered = sorted(candidates, key=lambda c: (c.selected.drop, c.latency_s))
     ledger, key = Ledger(session.cache / "ledger"), session.splits.certify.content_hash()
-    foreseen = ledger.foresee(key, _subject(ordered), CONFIDENCE).confidence
-    worthy = [c for c in ordered if _worthy(session, scorer, c, _items(data), foreseen)]
-    if not worthy:
-        return []
-    opening = ledger.open(key, _subject(worthy), CONFIDENCE)
+    opening = ledger.open(key, _subject(ordered), CONFIDENCE)
     session.notes += [opening.sentence] if opening.ordinal > 1 else []
     verdicts = []
     with ThreadPoolExecutor(1) as beside:
         # The original runs here while the first candidate runs in its worker, on another core if there is one.
-        reference = beside.submit(outputs_of, session.graph, data, scorer.crop)
-        first = _run_shipped(session, worthy[0], data)
+        reference = beside.submit(reference_outputs, session, data, scorer.crop)
+        first = _run_shipped(session, ordered[0], data)
         original = reference.result()
-    for index, candidate in enumerate(worthy):
+    for index, candidate in enumerate(ordered):
         shipped = first if index == 0 else _run_shipped(session, candidate, data)
         if isinstance(shipped, WorkerFailure):
             session.notes.append(f"{candidate.variant.name} failed while being certified: {shipped}")
             break
         verdicts.append(_judge(session, scorer, candidate, data, original, shipped, opening.confidence))
-        session.progress.advance((index + 1) / len(worthy), verdicts[-1].verdict.reason)
+        session.progress.advance((index + 1) / len(ordered), verdicts[-1].verdict.reason)
         if not verdicts[-1].verdict.certified:
             break
     return verdicts
@@ -87,7 +79,7 @@ def _samples(session: Session, scorer: Scorer, latency_s: float) -> Dataset:
     assert session.splits is not None
     data = session.splits.certify.labelled() if scorer.metric.needs_labels else session.splits.certify
     room = max(_FEWEST, int(_SECONDS[session.options.effort] / max(latency_s, 1e-6)))
-    return spread(data, room, session.options.seed)
+    return spread(data, min(room, _MOST[session.options.effort]), session.options.seed)
 
 
 def _subject(candidates: Sequence[Candidate]) -> str:
@@ -99,10 +91,19 @@ def _items(data: Dataset) -> int:
     return len(data) if data.group is None else len(np.unique(data.group))
 
 
-def _worthy(session: Session, scorer: Scorer, candidate: Candidate, n: int, confidence: float) -> bool:
-    forecast = foresee(candidate.selected, n, session.options.max_drop, confidence, scorer.data.group)
+def worthy(session: Session, scorer: Scorer, name: str, selected: Paired) -> bool:
+    """Whether a variant with these values on the selection split has a real chance to be certified; a note if not.
+
+    Forecast with the confidence that the ledger leaves for one more look, and for as many documents as there are.
+    """
+    assert session.splits is not None
+    data = session.splits.certify.labelled() if scorer.metric.needs_labels else session.splits.certify
+    n = min(_items(data), _MOST[session.options.effort])
+    ledger, key = Ledger(session.cache / "ledger"), session.splits.certify.content_hash()
+    left = ledger.foresee(key, name, CONFIDENCE).confidence
+    forecast = foresee(selected, n, session.options.max_drop, left, scorer.data.group)
     if not forecast.worth_opening:
-        session.notes.append(f"{candidate.variant.name}: {forecast.sentence}")
+        session.notes.append(f"{name}: {forecast.sentence}")
     return forecast.worth_opening
 
 
@@ -110,24 +111,16 @@ def _run_shipped(session: Session, candidate: Candidate, data: Dataset) -> Outpu
     limit_s = 60.0 + 20.0 * candidate.latency_s * len(data)
     with Worker("certify", session.target.threads) as worker:
         answer: Outputs | WorkerFailure = worker.call(
-            f"{__name__}:run_artifact",
+            f"{run_artifact.__module__}:run_artifact",
             candidate.shipped.runtime,
             candidate.shipped.artifact,
             session.target.threads,
             data,
+            1,
+            False,
             timeout_s=limit_s,
         )
     return answer
-
-
-def run_artifact(runtime: str, artifact: Path, threads: int, data: Dataset) -> Outputs:
-    """In the worker: outputs of a built artifact on all samples, one at a time, padded as they will be in use."""
-    executable = of_spec(runtime).load(artifact, threads)
-
-    def run(feeds: Mapping[str, NDArray[Any]]) -> Outputs:
-        return executable.run(feeds)
-
-    return run_all(data, run, 1)
 
 
 def _judge(

@@ -12,7 +12,7 @@ from rewriter.core.option import Plan
 from rewriter.core.site import Site
 from rewriter.measurement.race import Rules
 from rewriter.search.candidates import exact_options
-from rewriter.search.certification import Candidate, Certified, certify_front
+from rewriter.search.certification import Candidate, Certified, certify_front, worthy
 from rewriter.search.finals import ORIGINAL, RIVAL, RIVAL_INT8, Finals, run_finals, under_onnxruntime
 from rewriter.search.problem import Options
 from rewriter.search.refine import Trial
@@ -24,8 +24,8 @@ from rewriter.search.variant import Variant, apply_exact, merge
 EXACT = "exact"
 
 _FINALISTS = {"quick": 1, "normal": 2, "thorough": 4}
-_RACE_S = {"quick": 12.0, "normal": 25.0, "thorough": 120.0}
-_FIRST_LOOK_S = 8.0
+_RACE_S = {"quick": 12.0, "normal": 20.0, "thorough": 120.0}
+_FIRST_LOOK_S = 4.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def exact_only(session: Session) -> Outcome:
     ):
         variants = [original] + ([] if plan.empty else [Variant.of(EXACT, session.graph, plan, sites)])
         seconds = _RACE_S[session.options.effort] if alone else _FIRST_LOOK_S
-        rules = Rules(budget_s=seconds, most_rounds=60)
+        # A first look for whoever interrupts the search; the finals decide, on processes started several times.
+        rules = Rules(budget_s=seconds, most_rounds=60, reopen_every=6 if alone else 60)
         finals = run_finals(session, variants, rivals=alone, rules=rules)
     kept = next((v for v in variants[1:] if finals.faster(v.name)), original)
     session.notes += finals.notes
@@ -87,7 +88,7 @@ def with_data(session: Session, so_far: Outcome) -> Search:
     """Search among calibrated rewrites on top of the exact ones."""
     assert session.splits is not None
     with session.progress.stage("reference", "running the original on calibration and selection samples"):
-        scorer = Scorer.fit(session.graph, session.splits, session.options)
+        scorer = Scorer.fit(session)
         session.padded_axis = session.splits.select.padded_axis if scorer.crop else None
         session.progress.advance(1.0, f"metric {scorer.metric.name} ({scorer.metric.why})")
     sites = apply_exact(session.lowerable, so_far.exact, session.selection.passes)
@@ -137,8 +138,13 @@ def _certified(session: Session, base: Outcome, found: Search, worth: Sequence[V
 
 
 def _finalists(session: Session, found: Search) -> list[Variant]:
-    """The fastest-looking trials within the budget on the selection split."""
-    passing = sorted((t for t in found.trials if t.passes(found.budget)), key=lambda t: -t.saved_s)
+    """The fastest-looking trials that the certification split has a fair chance to confirm."""
+    certifiable = (
+        t
+        for t in found.trials
+        if t.passes(found.budget) and worthy(session, found.scorer, t.name, found.paired[t.name])
+    )
+    passing = sorted(certifiable, key=lambda t: -t.saved_s)
     return [found.variants[t.name] for t in passing[: _FINALISTS[session.options.effort]]]
 
 

@@ -83,7 +83,7 @@ def buckets(session: Session) -> tuple[list[dict[str, tuple[int, ...]]], dict[st
     if axis is None:
         return [shapes], {}
     longest = max(size for name, size in _sizes(session.graph, shapes).items() if name == axis)
-    lengths = sorted({-(-longest * part // 4 // _BUCKET_STEP) * _BUCKET_STEP for part in (1, 2, 3)} | {longest})
+    lengths = sorted({-(-longest * part // 4 // _BUCKET_STEP) * _BUCKET_STEP for part in (1, 2)} | {longest})
     fitting = [length for length in lengths if 0 < length <= longest]
 
     def at(spec: TensorSpec, length: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from rewriter.core.option import Option, Plan
 from rewriter.search.problem import Choice, Options, Problem
 from rewriter.search.solvers import solve
 
+UNIFORM = "uniform"
 _UNDERCOUNT = 1.3  # starting guess for measured / predicted damage of a mix
 _CLOSE = 0.85  # a passing variant that uses this share of the budget is not worth another try
 _NARROW = 1.05  # passing and failing budgets this close to each other end the search
@@ -70,7 +71,7 @@ def refine(
             break
     rival = best_uniform(problem, budget / factor)
     if rival is not None and not enough() and all(problem.plan(rival) != t.plan for t in trials):
-        trials.append(_try(problem, rival, "uniform", damage_of))
+        trials.append(_try(problem, rival, UNIFORM, damage_of))
     return trials
 
 

@@ -23,7 +23,7 @@ from rewriter.search.candidates import all_candidates
 from rewriter.search.chain import signature
 from rewriter.search.cost import CostTable, Priced
 from rewriter.search.problem import Options, Problem
-from rewriter.search.refine import Trial, refine
+from rewriter.search.refine import UNIFORM, Trial, refine
 from rewriter.search.scoring import Scorer, spread
 from rewriter.search.selection import PRECISION
 from rewriter.search.sensitivity import LocalErrors, build_problem, slopes
@@ -57,8 +57,8 @@ class Size:
 
 
 SIZES: Mapping[Effort, Size] = {
-    "quick": Size(20_000, 8_000, 8_000, 3_000, 48, assemblies=3, drafts=1),
-    "normal": Size(40_000, 14_000, 16_000, 5_000, 64, assemblies=4, drafts=2),
+    "quick": Size(12_000, 6_000, 6_000, 2_000, 32, assemblies=2, drafts=1),
+    "normal": Size(20_000, 9_000, 9_000, 2_500, 40, assemblies=3, drafts=1),
     "thorough": Size(250_000, 60_000, 100_000, 30_000, 300, assemblies=12, drafts=3),
 }
 
@@ -224,7 +224,8 @@ def _trials(state: Search, problem: Problem, size: Size) -> None:
     drafts, finals = (_halves(state, tokens) for tokens in (size.draft_tokens, size.tokens))
 
     def damage(name: str, plan: Plan) -> float:
-        fit, choose = drafts if len(state.variants) < size.drafts else finals
+        # The uniform rival comes last and is a check on the search: a draft is enough for it.
+        fit, choose = drafts if len(state.variants) < size.drafts or name == UNIFORM else finals
         variant = _assembled(state, name, plan, fit, choose)
         state.variants[name] = variant
         state.paired[name] = state.scorer.paired(variant.graph)
