@@ -22,7 +22,9 @@ from rewriter.graph.ranges import integer_ranges
 Feeds = dict[str, NDArray[Any]]
 
 _SAMPLES = 256
-_TVM_TOLERANCE = 1e-3  # of the largest output: fp32 kernels sum in another order than the model's own operators
+# Of the largest output. fp32 kernels sum in another order than the model's own operators; where products are rounded to
+# fewer bits, a sum that differs in the last place may round the other way, and that spreads through the layers.
+_TVM_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
 
 
 def verify(folder: Path, against: Path, data: Path | None = None) -> dict[str, Any]:
@@ -94,7 +96,9 @@ def _outputs(
 
         first = {name: array[:1] for name, array in inputs.items()}
         worst = _difference(_run(best, first), load_artifact(folder).run(first))
-        yield _check("model.so", worst <= _TVM_TOLERANCE, f"largest relative difference {worst:.1e} from model.onnx")
+        rounded = any(option.startswith("precision") for option in report["best"]["plan"])
+        limit = _ROUNDED_TOLERANCE if rounded else _TVM_TOLERANCE
+        yield _check("model.so", worst <= limit, f"largest relative difference {worst:.1e} from model.onnx")
 
 
 def _inputs(original: OnnxGraph, report: dict[str, Any], data: Path | None) -> tuple[Feeds, NDArray[np.int64] | None]:
