@@ -182,3 +182,34 @@ def test_a_killed_run_leaves_no_half_written_folder(encoder: Path, encoder_data:
     run.kill()
     run.wait()
     assert not (tmp_path / "out").exists()
+
+
+def test_scan_says_where_the_time_goes(encoder: Path, tmp_path: Path) -> None:
+    from rewriter.core.options import Options
+    from rewriter.report.tables import scan_table
+    from rewriter.scanning import scan
+
+    found = scan(encoder, Options(shapes={"input_ids": (1, 16)}, cache_dir=tmp_path / "cache"))
+    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1.0, abs=0.5)
+    assert {row["rewrite"] for row in found["gains"]} >= {"everything in attention", "head_pruning", "ffn_pruning"}
+    assert all(row["at_most"] >= 1.0 for row in found["gains"])
+    assert found["advice"] in scan_table(found)
+
+
+def test_the_doctor_finds_this_machine_fit(tmp_path: Path) -> None:
+    from rewriter.doctor import examine
+    from rewriter.report.tables import doctor_table
+
+    found = examine(tmp_path / "cache")
+    assert found["ok"], doctor_table(found)
+    assert {check["check"] for check in found["checks"]} >= {"python", "packages", "tvm", "worker", "cache"}
+
+
+def test_the_python_interface_does_the_same(encoder: Path, tmp_path: Path) -> None:
+    result = rewriter.optimize(
+        encoder, shapes={"input_ids": (1, 16)}, effort="quick", cache_dir=tmp_path / "cache", output=tmp_path / "out"
+    )
+    assert result.report["metric"] is None
+    assert result.save(tmp_path / "copy") == tmp_path / "copy"
+    assert (tmp_path / "copy" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+    assert len(rewriter.inspect(encoder)["attention"]) == 2

@@ -130,7 +130,10 @@ def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], tokens:
     session = state.session
     assert session.splits is not None
     batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, session.options.seed)
-    priced = {site: [c for c in combinations if not _compound(c)] for site, combinations in found.items()}
+    priced = {
+        site: list(dict.fromkeys(c[:-1] if _compound(c) else c for c in combinations))
+        for site, combinations in found.items()
+    }
     passes, advance = session.selection.passes, session.progress.advance
     errors = price_options(session.graph, state.sites, priced, passes, batches, advance=lambda done, _: advance(done))
     for site, combinations in found.items():
