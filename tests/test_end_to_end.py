@@ -213,3 +213,11 @@ def test_the_python_interface_does_the_same(encoder: Path, tmp_path: Path) -> No
     assert result.save(tmp_path / "copy") == tmp_path / "copy"
     assert (tmp_path / "copy" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
     assert len(rewriter.inspect(encoder)["attention"]) == 2
+
+
+def test_onnx_runtime_can_be_what_decides(encoder: Path, tmp_path: Path) -> None:
+    words = [encoder, "--shape", "input_ids=1x16", "--runtime", "onnxruntime", "-o", tmp_path / "out"]
+    assert main([str(word) for word in [*words, "--cache-dir", tmp_path / "cache", "--effort", "quick"]]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["baseline"]["runtime"] == "onnxruntime"
+    assert report["best"]["runtime"] == "onnxruntime"
