@@ -66,9 +66,9 @@ def race_table(
                 subjects.append(Subject(entrant.name, entrant.runtime, Path(built), feeds))
     best = folder / "optimized"
     if (best / "model.so").exists():
-        subjects.append(Subject("TVM fp32, best", TVM, best, feeds))
+        subjects.append(Subject("TVM, best", TVM, best, feeds))
     if (best / "model.onnx").exists():
-        subjects.append(Subject("ONNX Runtime fp32, best", ONNXRUNTIME, best / "model.onnx", feeds))
+        subjects.append(Subject("ONNX Runtime, best", ONNXRUNTIME, best / "model.onnx", feeds))
     result = race(subjects, threads=threads, rules=Rules(budget_s=budget_s, most_rounds=200))
     sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in workload.shapes.items())
     lines = [f"{models[0].name}, {sizes}, {threads} thread(s), one process per runtime, blocks in turn", ""]
