@@ -75,7 +75,10 @@ class Options:
     )
     precision: Precision = field(
         default="any",
-        metadata={"help": "number format that linear layers may use where the accuracy allows it", "choices": ("fp32", "bf16", "int8", "any")},
+        metadata={
+            "help": "number format that linear layers may use where the accuracy allows it",
+            "choices": ("fp32", "bf16", "int8", "any"),
+        },
     )
     effort: Effort = field(
         default="normal", metadata={"help": "how long to search", "choices": ("quick", "normal", "thorough")}
