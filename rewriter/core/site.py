@@ -67,7 +67,8 @@ class Projection:
 
     `head_of[h]` is the operand's head that query head `h` reads (grouped-query attention needs no other description).
     `source` names a value of shape (B, S, C); with `time_first` its first two axes are swapped; with `flatten` it has
-    several token axes; with `channels_first` it is (B, C, tokens...). `past`/`present` name the cache value put before the tokens and the value that holds both.
+    several token axes; with `channels_first` it is (B, C, tokens...). `past`/`present` name the cache value put before
+    the tokens and the value that holds both.
     An opaque operand is a value of shape (B, G, S, D) — (B, G, D, S) if `opaque_transposed` — used as it is.
     """
 
@@ -136,8 +137,8 @@ class ScoreBias:
     graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
-    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from, `lead` its head axes where
-    there are several. On top of it come, where an operator of the graph applied them, causality (`also_causal`:
+    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from, `lead` its head
+    axes where there are several. On top of it come, where an operator of the graph applied them, causality (`also_causal`:
     aligned at the ``start`` or ``end`` of the keys) and `padding`, a value (B, T) that is not zero where a key is
     valid; other keys get `padding_fill`.
     """
