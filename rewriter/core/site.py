@@ -138,7 +138,8 @@ class ScoreBias:
     `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
     tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
     heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from, `lead` its head
-    axes where there are several. On top of it come, where an operator of the graph applied them, causality (`also_causal`:
+    axes where there are several. On top of it come, where an operator of the graph applied them, causality
+    (`also_causal`:
     aligned at the ``start`` or ``end`` of the keys) and `padding`, a value (B, T) that is not zero where a key is
     valid; other keys get `padding_fill`.
     """
