@@ -48,7 +48,9 @@ class ProgressLines:
         """Show what is being done now, and how long is left."""
         self.part[stage] = 0.0
         self.expected_s.setdefault(stage, 1.0)
-        self.console.print(f"[bold]{escape(stage):<10}[/bold] {escape(what)} [dim]({self._left()})[/dim]")
+        self.console.print(
+            f"[bold]{escape(stage):<10}[/bold] {escape(what)} [dim]({self._left()})[/dim]", soft_wrap=True
+        )
         if self.task is not None:
             self.bar.remove_task(self.task)
         self.task = self.bar.add_task(escape(stage), total=1.0, left=self._left())
@@ -57,7 +59,7 @@ class ProgressLines:
         """Move the bar; a note becomes a line of its own."""
         self.part[stage] = done
         if note:
-            self.console.print(f"{'':<10} {escape(note)}")
+            self.console.print(f"{'':<10} {escape(note)}", soft_wrap=True)
         if self.task is not None:
             self.bar.update(self.task, completed=done, left=self._left())
 
@@ -66,7 +68,7 @@ class ProgressLines:
         self.finished.add(stage)
         self.part[stage] = 1.0
         if seconds >= 1.0:
-            self.console.print(f"{'':<10} [dim]{escape(stage)} took {seconds:.0f} s[/dim]")
+            self.console.print(f"{'':<10} [dim]{escape(stage)} took {seconds:.0f} s[/dim]", soft_wrap=True)
 
     def _left(self) -> str:
         done_s = sum(self.expected_s[stage] * part for stage, part in self.part.items() if stage in self.expected_s)
