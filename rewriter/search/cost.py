@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from rewriter.core.measurement import Interval, bootstrap_median
 from rewriter.core.site import Site
+from rewriter.core.store import Store
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Fragment
 from rewriter.search.chain import Chain, Values, build_chain, signature
-from rewriter.search.store import Store
 
 # Builds the artifact of a graph at the given input shapes and returns its path.
 Build = Callable[[OnnxGraph, Mapping[str, tuple[int, ...]], str], Path]

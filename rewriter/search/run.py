@@ -17,6 +17,7 @@ from rewriter.calibration.data import Dataset
 from rewriter.core.option import Plan
 from rewriter.core.options import Effort
 from rewriter.core.site import Site
+from rewriter.core.store import Store
 from rewriter.graph.interpreter import Interpreter
 from rewriter.runtimes.workers import WorkerFailure
 from rewriter.search.candidates import all_candidates
@@ -28,7 +29,6 @@ from rewriter.search.scoring import Scorer, spread
 from rewriter.search.selection import PRECISION
 from rewriter.search.sensitivity import LocalErrors, build_problem, slopes
 from rewriter.search.session import TVM, Session
-from rewriter.search.store import Store
 from rewriter.search.structure import blank_statistics, restructure
 from rewriter.search.variant import Variant, merge
 
