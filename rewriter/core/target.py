@@ -16,7 +16,8 @@ class Target:
 
     `kind` is TVM's (``llvm``, ``cuda``); `mcpu` names an instruction set LLVM knows; `features` are the processor's
     own flags; `vector_floats` is how many fp32 lanes one register has; caches in bytes; `threads` is how many the
-    artifact will use. `sources` says for each fact where it was read.
+    artifact will use. `sources` says for each fact where it was read. `triple` is LLVM's name for a machine other than
+    this one, empty for this one; `remote` is ``HOST:PORT/KEY`` of the tracker that lends it, empty where there is none.
     """
 
     kind: str
@@ -32,6 +33,13 @@ class Target:
     l3_bytes: int
     features: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    triple: str = ""
+    remote: str = ""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether code for it may be unable to run in this process: it is another machine, or a GPU."""
+        return bool(self.triple or self.remote) or self.kind != "llvm"
 
     def multiplies(self, precision: str) -> bool:
         """Whether the processor has instructions that multiply numbers of this format (fp32, bf16, int8)."""
@@ -39,10 +47,13 @@ class Target:
 
     def key(self) -> dict[str, Any]:
         """What makes measurements on two targets comparable: everything but where the facts were read."""
-        return {
+        key: dict[str, Any] = {
             "kind": self.kind,
             "name": self.name,
             "mcpu": self.mcpu,
             "threads": self.threads,
             "features": list(self.features),
         }
+        if self.elsewhere:
+            key |= {"triple": self.triple, "remote": self.remote}
+        return key

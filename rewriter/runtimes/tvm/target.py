@@ -2,66 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 from rewriter.core.errors import OptionError
 from rewriter.core.target import Target
+from rewriter.runtimes.tvm.elsewhere import describe
+from rewriter.runtimes.tvm.instruction_sets import (
+    FEATURES,
+    architecture,
+    flags_of,
+    of_processor,
+    registers,
+    vector_floats,
+)
+from rewriter.runtimes.tvm.target_text import LOCAL_KINDS, TargetText
 
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-# Flags in the order of their worth to the kernels; what a target may not use is found by leaving flags out.
-RELEVANT = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512dq",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-)
 V4 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 V3 = frozenset({"avx2", "fma"})
-LLVM_NAMES = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16"}
-LOCAL_KINDS = ("cpu", "llvm", "native")
 DEFAULT_L1, DEFAULT_L2, DEFAULT_L3 = 32 << 10, 1 << 20, 16 << 20
 
 
-def detect(text: str = "cpu", threads: int | None = None) -> Target:
+def detect(text: str = "cpu", threads: int | None = None, away: bool = False) -> Target:
     """The target that a text names: ``cpu``, ``llvm``, ``llvm -mcpu=NAME``, or the JSON of a TVM target.
 
-    `threads` is how many the artifact will use, one if not given. Raises `OptionError` for anything that this
-    machine cannot run.
+    `threads` is how many the artifact will use, one if not given. `away`: it need not be this machine, so
+    ``llvm -mtriple=aarch64-linux-gnu`` and ``cuda -arch=sm_90`` are targets too. Raises `OptionError` for anything that
+    cannot be served, and unless `away` for anything that this machine cannot run.
     """
-    wanted = _parse(text)
-    if wanted["kind"] not in LOCAL_KINDS:
-        raise OptionError(
-            f"target {text!r} needs a device that this machine does not have", "Use --target cpu for this processor"
-        )
-    if "-mtriple" in text or wanted.get("mtriple"):
-        raise OptionError(f"target {text!r} is for another machine", "Use --target cpu for this processor")
-    arch, flags, name, cores = platform.machine(), _flags(), _model_name(), _cores()
-    features = tuple(flag for flag in RELEVANT if flag in flags)
-    mcpu = str(wanted.get("mcpu") or _mcpu(arch, frozenset(features)))
-    features = _allowed(mcpu, features)
+    wanted = TargetText.parse(text)
     if threads is not None and threads < 1:
         raise OptionError(f"{threads} threads are not possible", "Give at least one")
+    if wanted.kind not in LOCAL_KINDS or "mtriple" in wanted.options:
+        described = None if wanted.kind == "cuda" and not away else describe(wanted, threads or 1)
+        if described is None or not away:
+            why = (
+                "needs a device that this machine does not have" if wanted.kind == "cuda" else "is for another machine"
+            )
+            hint = "Compile for it with --compile-only, or time it there with --rpc HOST:PORT --key NAME"
+            raise OptionError(f"target {text!r} {why}, so nothing can be timed", hint)
+        return described
+    return _this_machine(wanted, threads or 1)
+
+
+def _this_machine(wanted: TargetText, threads: int) -> Target:
+    arch, flags, name, cores = architecture(platform.machine()), _flags(), _model_name(), _cores()
+    features = tuple(flag for flag in FEATURES.get(arch, {}) if flag in flags)
+    mcpu = wanted.options.get("mcpu") or _mcpu(arch, frozenset(features))
+    if "mcpu" in wanted.options or wanted.attributes:
+        features = _allowed(wanted, mcpu, arch, features)
     caches = {level: _cache_bytes(level) for level in (1, 2, 3)}
-    lanes = _lanes(arch, features)
     sources = {
         "name": str(CPUINFO), "features": str(CPUINFO), "cores": "sched_getaffinity",
-        "mcpu": "given" if wanted.get("mcpu") else "chosen from the features",
+        "mcpu": "given" if "mcpu" in wanted.options else "chosen from the features",
         "vector_floats": "features", "registers": "features",
         **{f"l{level}_bytes": str(CACHES) if size else "assumed" for level, size in caches.items()},
     }  # fmt: skip
     return Target(
-        "llvm", name, mcpu, arch, cores, threads or 1, lanes, 16 if lanes == 8 else 32,
+        "llvm", name, mcpu, arch, cores, threads, vector_floats(arch, features), registers(arch, features),
         caches[1] or DEFAULT_L1, caches[2] or DEFAULT_L2, caches[3] or DEFAULT_L3, features, sources,
     )  # fmt: skip
 
@@ -70,8 +71,18 @@ def tvm_target(target: Target) -> Any:
     """The TVM target object for one of ours."""
     import tvm
 
-    attributes = [f"+{LLVM_NAMES[feature]}" for feature in target.features if feature in LLVM_NAMES]
+    if target.kind == "cuda":
+        limits = {
+            "max_num_threads": 1024, "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152,
+            "thread_warp_size": 32,
+        }  # fmt: skip
+        host = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+        return tvm.target.Target({"kind": "cuda", "arch": target.mcpu, **limits}, host=host)
+    names = FEATURES.get(target.arch, {})
+    attributes = [f"+{names[feature]}" for feature in target.features if feature in names]
     description: dict[str, Any] = {"kind": target.kind, "mcpu": target.mcpu, "num-cores": target.threads}
+    if target.triple:
+        description["mtriple"] = target.triple
     return tvm.target.Target({**description, "mattr": attributes} if attributes else description)
 
 
@@ -79,27 +90,6 @@ def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:
     """Which of these instruction sets the processor we run on does not have."""
     have = _flags()
     return tuple(flag for flag in required if flag not in have)
-
-
-def _parse(text: str) -> dict[str, Any]:
-    if text.lstrip().startswith("{"):
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise OptionError(
-                f"target {text!r} is not valid JSON: {error}", 'Write it like {"kind": "llvm"}'
-            ) from error
-        return {"kind": "llvm", **found}
-    words = text.split()
-    if not words:
-        raise OptionError("the target is empty", "Use --target cpu")
-    wanted: dict[str, Any] = {"kind": words[0]}
-    for word in words[1:]:
-        key, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("-") or not equals:
-            raise OptionError(f"cannot read {word!r} in target {text!r}", "Write it like llvm -mcpu=x86-64-v3")
-        wanted[key] = value
-    return wanted
 
 
 def _flags() -> frozenset[str]:
@@ -128,24 +118,20 @@ def _cores() -> int:
 
 def _mcpu(arch: str, features: frozenset[str]) -> str:
     """An instruction set by name, never a processor: LLVM's guess of the processor is wrong in virtual machines."""
-    if arch not in ("x86_64", "AMD64"):
+    if arch != "x86_64":
         return "generic"
     return "x86-64-v4" if features >= V4 else "x86-64-v3" if features >= V3 else "x86-64-v2"
 
 
-def _allowed(mcpu: str, features: tuple[str, ...]) -> tuple[str, ...]:
-    """The features that code for `mcpu` may use: naming an older instruction set means to do without the newer ones."""
-    if mcpu in ("x86-64", "x86-64-v2"):
-        return ()
-    if mcpu in ("x86-64-v3", "haswell", "broadwell", "skylake", "znver1", "znver2", "znver3"):
-        return tuple(feature for feature in features if feature in V3)
-    return features
-
-
-def _lanes(arch: str, features: tuple[str, ...]) -> int:
-    if "avx512f" in features:
-        return 16
-    return 8 if "avx2" in features else 4
+def _allowed(wanted: TargetText, mcpu: str, arch: str, features: tuple[str, ...]) -> tuple[str, ...]:
+    """Naming an older instruction set means to do without the newer ones; one this processor lacks is refused."""
+    named = flags_of(arch, of_processor(mcpu, attributes=wanted.attributes))
+    # Code uses matrix tiles only where our kernels say so, which ask for permission first.
+    missing = [flag for flag in named if flag not in features and not flag.startswith("amx")]
+    if missing:
+        hint = "Use --target cpu, or build for another machine with -mtriple and --compile-only"
+        raise OptionError(f"target {wanted.text!r} needs {', '.join(missing)}, which this processor lacks", hint)
+    return tuple(flag for flag in features if flag in named)
 
 
 def _cache_bytes(level: int) -> int:
