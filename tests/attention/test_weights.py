@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rewriter.attention import weights
+from rewriter.attention.paths import Paths
 from rewriter.attention.recipes import pick
 from rewriter.attention.recognise import recognise
 from rewriter.benchmark.decoder import Sizes, write_decoder
@@ -19,14 +20,24 @@ from rewriter.graph.operators.linear import hankel, product
 from tests.attention import exported
 
 
+@pytest.mark.parametrize("steps", [(1, 1), (1, 2), (2, 1)])
 @pytest.mark.parametrize("shape", [(70, 90), (300, 40)])
-def test_a_hankel_matrix_multiplies_as_any_matrix(shape: tuple[int, int]) -> None:
-    line = torch.randn(sum(shape) - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    matrix = line.as_strided(shape, (1, 1))
+def test_a_hankel_matrix_multiplies_as_any_matrix(shape: tuple[int, int], steps: tuple[int, int]) -> None:
+    length = steps[0] * (shape[0] - 1) + steps[1] * (shape[1] - 1) + 1
+    line = torch.randn(length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = line.as_strided(shape, steps)
     x = torch.randn(2, 5, shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert hankel(matrix) == (matrix.numel() >= 4096)
+    assert hankel(matrix) and not hankel(matrix.contiguous())
     assert torch.allclose(product(x, matrix), x @ matrix.contiguous(), rtol=0, atol=1e-12)
     assert torch.allclose(product(matrix.T, x.mT), matrix.T.contiguous() @ x.mT, rtol=0, atol=1e-12)
+
+
+def test_a_drawn_square_matrix_is_not_its_own_transpose(tmp_path: Path) -> None:
+    graph = load(write_decoder(tmp_path / "model.onnx", Sizes(1, 256, 4, 4, 256, 50)))
+    matrix = weights.Weights(graph, Paths(graph))["layers.0.query.weight"]
+    assert matrix.shape == (256, 256)
+    assert hankel(matrix)
+    assert not torch.allclose(matrix, matrix.T, atol=1e-3)
 
 
 def test_even_steps_are_views_and_others_copies() -> None:

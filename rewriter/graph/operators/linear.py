@@ -9,11 +9,12 @@ from torch import Tensor
 from rewriter.graph.operators.registry import Call, operator
 
 SMALLEST_HANKEL = 4096
+SAVING = 8  # how many times shorter than the matrix the vector must be
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """numpy's matmul. A Hankel matrix (``h[i, j]`` depends on i + j alone, and lies in memory as a vector) multiplies
-    in N log N: recognition puts such matrices in the place of large weights."""
+    """numpy's matmul. A matrix that lies in memory as a short vector (``h[i, j] = line[a i + b j]``: a Hankel matrix, but
+    for its steps) multiplies in N log N: recognition puts such matrices in the place of large weights."""
     if hankel(y) and x.ndim >= 2:
         return _times_hankel(x, y)
     if hankel(x) and y.ndim >= 2:
@@ -22,17 +23,26 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def hankel(matrix: Tensor) -> bool:
-    """Whether a matrix is a large Hankel matrix by the way it lies in memory."""
-    return matrix.ndim == 2 and matrix.stride() == (1, 1) and matrix.numel() >= SMALLEST_HANKEL
+    """Whether a matrix is large and lies in memory as a vector much shorter than itself."""
+    return matrix.ndim == 2 and matrix.numel() >= SMALLEST_HANKEL and SAVING * _line(matrix) <= matrix.numel()
+
+
+def _line(matrix: Tensor) -> int:
+    (rows, columns), (down, across) = matrix.shape, matrix.stride()
+    return down * (rows - 1) + across * (columns - 1) + 1
 
 
 def _times_hankel(x: Tensor, hankel_CN: Tensor) -> Tensor:
     """The correlation of every row of x with the vector behind the matrix."""
-    rows, columns = hankel_CN.shape
-    length = scipy.fft.next_fast_len(rows + columns - 1, real=True)
-    line = hankel_CN.as_strided((rows + columns - 1,), (1,))
+    (rows, columns), (down, across) = hankel_CN.shape, hankel_CN.stride()
+    line = hankel_CN.as_strided((_line(hankel_CN),), (1,))
+    length = scipy.fft.next_fast_len(len(line), real=True)
+    if down > 1:
+        spread = x.new_zeros((*x.shape[:-1], down * (rows - 1) + 1))
+        spread[..., ::down] = x
+        x = spread
     spectrum = torch.fft.rfft(x, length).conj() * torch.fft.rfft(line, length)
-    return torch.fft.irfft(spectrum, length)[..., :columns]
+    return torch.fft.irfft(spectrum, length)[..., : across * (columns - 1) + 1 : across]
 
 
 @operator("MatMul")
