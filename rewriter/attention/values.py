@@ -47,6 +47,11 @@ class Values(dict[str, Tensor]):
         self._done = max(self._done, end)
         self._run(nodes)
 
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A value that no node of the graph makes."""
+        self[name] = tensor
+        self._note({name: tensor})
+
     def prune(self, before: int) -> None:
         """Drop what no node from topological index `before` on reads."""
         last_use = self.paths.last_use
