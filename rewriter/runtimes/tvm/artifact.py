@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rewriter.core.errors import ModelError
+from rewriter.core.target import Target
+from rewriter.runtimes.tvm.instruction_sets import architecture
 from rewriter.runtimes.tvm.target import missing_features
 
 FORMAT = 1
@@ -33,6 +37,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def machine_of(target: Target) -> dict[str, str]:
+    """What decides on which machines the code can be loaded at all."""
+    return {"kind": target.kind, "arch": target.arch}
+
+
+def _check_machine(folder: Path, machine: Mapping[str, str]) -> None:
+    here = architecture(platform.machine())
+    if machine.get("kind", "llvm") != "llvm":
+        hint = "Load model.so with TVM on a machine with such a device"
+        raise ModelError(f"{folder} was compiled for {machine['kind']}, which this program only compiles for", hint)
+    if machine.get("arch", here) != here:
+        hint = "Copy it to such a machine, or time it there with --rpc"
+        raise ModelError(f"{folder} was compiled for {machine['arch']}, this machine is {here}", hint)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest of an artifact: complete, unaltered, and made for this processor and this TVM.
 
@@ -52,6 +71,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has format {found}, this program reads {FORMAT}", rebuild)
     if built_with != versions():
         raise ModelError(f"{folder} was built with {built_with}, installed is {versions()}", rebuild)
+    _check_machine(folder, manifest.get("machine", {}))
     missing = missing_features(needed)
     if missing:
         raise ModelError(f"{folder} needs a processor with {', '.join(missing)}, which this one lacks", rebuild)

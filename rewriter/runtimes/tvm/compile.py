@@ -17,7 +17,8 @@ from tvm import relax
 from rewriter.core.errors import OptionError, OutputError
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.tvm.artifact import CODE, FORMAT, MANIFEST, WEIGHTS, file_sha256, versions
+from rewriter.runtimes.standard import to_standard
+from rewriter.runtimes.tvm.artifact import CODE, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
 from rewriter.runtimes.tvm.fusion import fuse
 from rewriter.runtimes.tvm.lowering import Kernels, Lowering
 from rewriter.runtimes.tvm.operators import TABLE
@@ -26,6 +27,7 @@ from rewriter.runtimes.tvm.program import Program
 from rewriter.runtimes.tvm.specialise import specialise
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import Tiles
+from rewriter.runtimes.tvm.toolchain import linker, use_cuda_compiler
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -51,9 +53,13 @@ def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Til
         raise OptionError("no input shapes to build for", "Give at least one")
     builder, parameters, chosen = relax.BlockBuilder(), Parameters(), tiles or Tiles(target)
     kernels, arguments, programs = Kernels(builder), [], []
+    by_template = target.kind == "llvm"
+    # Our templates are for processors; elsewhere composites are written out and left to TVM's schedules.
+    written = graph if by_template else to_standard(graph)
     for index, bucket in enumerate(shapes):
-        program = specialise(graph, bucket)
-        fuse(program)
+        program = specialise(written, bucket)
+        if by_template:
+            fuse(program)
         lowering = Lowering(program, target, kernels, parameters, chosen)
         arguments.append(lowering.lower(function_name(index), TABLE))
         programs.append(program)
@@ -107,7 +113,9 @@ def _compiled(module: Module, target: Target, path: Path, cache: Path | None) ->
     if kept is not None and kept.exists():
         shutil.copyfile(kept, path)
         return
-    tvm.compile(module.functions, target=tvm_target(target)).export_library(str(path))
+    if target.kind == "cuda":
+        use_cuda_compiler(target)
+    tvm.compile(module.functions, target=tvm_target(target)).export_library(str(path), fcompile=linker(target))
     if kept is None or cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)
@@ -136,6 +144,7 @@ def _manifest(
         "pad": dict(pad),
         "threads": target.threads,
         "target": target.key(),
+        "machine": machine_of(target),
         "requires": [feature for feature in target.features if not feature.startswith("amx")],
         "versions": versions(),
         "model": graph.fingerprint(),

@@ -141,3 +141,8 @@ def _identifier(name: str) -> str:
 def is_float32(lowering: Lowering, name: str) -> bool:
     """Whether a value is single precision, which is what the templates compute in."""
     return lowering.program.dtype(name) == np.float32
+
+
+def by_template(lowering: Lowering, name: str) -> bool:
+    """Whether our kernels serve a value: they compute in single precision, on processors."""
+    return lowering.target.kind == "llvm" and is_float32(lowering, name)

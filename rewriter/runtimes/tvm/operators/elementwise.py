@@ -10,7 +10,7 @@ import numpy as np
 from tvm import relax
 
 from rewriter.runtimes.tvm.kernels.maps import Map, make_map
-from rewriter.runtimes.tvm.lowering import Lowering, is_float32
+from rewriter.runtimes.tvm.lowering import Lowering, by_template, is_float32
 from rewriter.runtimes.tvm.operators.registry import TABLE, lowers
 from rewriter.runtimes.tvm.program import Node
 
@@ -32,6 +32,10 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "LessOrEqual": op.less_equal, "Greater": op.greater, "GreaterOrEqual": op.greater_equal, "And": op.logical_and,
     "Or": op.logical_or, "Xor": op.logical_xor, "BitwiseAnd": op.bitwise_and, "BitwiseOr": op.bitwise_or,
 }  # fmt: skip
+_PLAIN_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "gelu": op.nn.gelu, "gelu_tanh": op.nn.gelu_tanh, "silu": op.nn.silu, "relu": op.nn.relu, "tanh": op.tanh,
+    "quick_gelu": lambda x: op.multiply(x, op.sigmoid(op.multiply(x, _like(1.702, x)))),
+}  # fmt: skip
 _VARIADIC = {"Max": op.maximum, "Min": op.minimum, "Sum": op.add}
 
 
@@ -41,7 +45,7 @@ def _like(value: float, x: Any) -> Any:
 
 def _unary(lowering: Lowering, node: Node) -> Any:
     x, mapped = node.inputs[0], _MAPPED.get(node.op)
-    if mapped and is_float32(lowering, x) and prod(lowering.shape(x)) >= MAP_FROM_ELEMENTS:
+    if mapped and by_template(lowering, x) and prod(lowering.shape(x)) >= MAP_FROM_ELEMENTS:
         return mapped_call(lowering, x, mapped)
     return _UNARY[node.op](lowering.value(x))
 
@@ -159,6 +163,8 @@ def _named_activation(lowering: Lowering, node: Node) -> Any:
 def _activation(lowering: Lowering, node: Node, function: str) -> Any:
     if not is_float32(lowering, node.inputs[0]):
         raise lowering.unsupported(node, f"dtype {lowering.dtype(node.inputs[0])}")
+    if not by_template(lowering, node.inputs[0]):
+        return _PLAIN_ACTIVATIONS[function](lowering.value(node.inputs[0]))
     return mapped_call(lowering, node.inputs[0], function)
 
 

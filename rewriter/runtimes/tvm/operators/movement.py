@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax
 
 from rewriter.runtimes.tvm.kernels.gather import Gather, make_gather
-from rewriter.runtimes.tvm.lowering import Lowering, is_float32
+from rewriter.runtimes.tvm.lowering import Lowering, by_template
 from rewriter.runtimes.tvm.operators.registry import integers, lowers
 from rewriter.runtimes.tvm.program import Node
 
@@ -92,7 +92,7 @@ def _gather(lowering: Lowering, node: Node) -> Any:
             taken = op.strided_slice(lowering.value(table), [axis], [int(whole)], [int(whole) + 1])
             return op.reshape(taken, lowering.shape(node.outputs[0]))
         return op.take(lowering.value(table), lowering.array(whole), axis)
-    if axis == 0 and is_float32(lowering, table) and len(shape) >= 2 and lowering.dtype(indices) in ("int64", "int32"):
+    if axis == 0 and by_template(lowering, table) and len(shape) >= 2 and lowering.dtype(indices) in ("int64", "int32"):
         return _gather_rows(lowering, node)
     return op.take(lowering.value(table), lowering.value(indices), axis, "wrap")
 

@@ -11,7 +11,7 @@ from tvm import relax
 from rewriter.runtimes.tvm.kernels.matmul import MatMul, make_matmul
 from rewriter.runtimes.tvm.kernels.norm import Norm, make_norm
 from rewriter.runtimes.tvm.kernels.softmax import Softmax, make_softmax
-from rewriter.runtimes.tvm.lowering import Lowering, is_float32
+from rewriter.runtimes.tvm.lowering import Lowering, by_template
 from rewriter.runtimes.tvm.operators.registry import TABLE, integers, lowers
 from rewriter.runtimes.tvm.program import Node
 
@@ -65,7 +65,7 @@ def _softmax(lowering: Lowering, node: Node) -> Any:
     axis = int(node.attributes.get("axis", -1 if node.opset >= 13 else 1))
     function = op.nn.softmax if node.op == "Softmax" else op.nn.log_softmax
     x = lowering.value(node.inputs[0])
-    if axis % len(shape) == len(shape) - 1 and node.op == "Softmax" and is_float32(lowering, node.inputs[0]):
+    if axis % len(shape) == len(shape) - 1 and node.op == "Softmax" and by_template(lowering, node.inputs[0]):
         spec = Softmax(shape, lowering.lanes, lowering.threads)
         kernel = lowering.kernels.get("softmax", spec, lambda unique: make_softmax(spec, unique))
         return lowering.call(kernel, [x], (shape, "float32"))
@@ -85,11 +85,11 @@ def _norm(lowering: Lowering, node: Node) -> Any:
         raise lowering.unsupported(node, "outputs beyond the first")
     kind = "layer" if node.op == "LayerNormalization" else "rms"
     epsilon = float(node.attributes.get("epsilon", 1e-5))
-    if axis == len(shape) - 1 and is_float32(lowering, node.inputs[0]):
+    if axis == len(shape) - 1 and by_template(lowering, node.inputs[0]):
         return norm_call(lowering, kind, epsilon, node.inputs[0], "", node.inputs[1], node.input(2))
-    if kind == "rms":
-        raise lowering.unsupported(node, "more than the last axis, or a dtype other than float32")
     gain, axes = lowering.value(node.inputs[1]), list(range(axis, len(shape)))
+    if kind == "rms":
+        return op.nn.rms_norm(lowering.value(node.inputs[0]), gain, axes, epsilon)
     bias = lowering.value(node.input(2)) if node.input(2) else op.zeros_like(gain)
     return op.nn.layer_norm(lowering.value(node.inputs[0]), gain, bias, axes, epsilon)
 
@@ -129,7 +129,7 @@ def _fused_norm(lowering: Lowering, node: Node) -> Any:
 def _matmul(lowering: Lowering, node: Node) -> Any:
     left, right = node.inputs[:2]
     a, b = lowering.shape(left), lowering.shape(right)
-    plain = len(a) >= 2 and len(b) >= 2 and is_float32(lowering, left) and (len(b) == 2 or a[:-2] == b[:-2])
+    plain = len(a) >= 2 and len(b) >= 2 and by_template(lowering, left) and (len(b) == 2 or a[:-2] == b[:-2])
     if not plain:
         return op.matmul(*(lowering.value(name) for name in node.inputs[:2]))
     spec = MatMul(a[:-2], a[-2], b[-1], a[-1], len(b) == 2, lowering.lanes, lowering.threads)
