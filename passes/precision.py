@@ -11,7 +11,7 @@ from rewriter.core.errors import OptionError
 from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
 from rewriter.core.rewrite import Pass, attention_refusal, feed_forward_refusal
-from rewriter.core.site import Array, FeedForwardSite, Precision, Site
+from rewriter.core.site import Array, FeedForwardSite, LinearSite, Precision, Site
 from rewriter.core.statistics import Statistics
 from rewriter.core.target import Target
 
@@ -50,9 +50,12 @@ class PrecisionPass(Pass):
 
     def refuse(self, site: Site) -> Refusal | None:
         """See `Pass.refuse`; also when the site is rounded already."""
-        refusal = feed_forward_refusal(site) if isinstance(site, FeedForwardSite) else attention_refusal(site)
-        if refusal is not None:
-            return refusal
+        if not isinstance(site, LinearSite):
+            refusal = feed_forward_refusal(site) if isinstance(site, FeedForwardSite) else attention_refusal(site)
+            if refusal is not None:
+                return refusal
+        elif not _weights(site):
+            return Refusal("no-product", f"{site.id} is a constant, nothing is multiplied")
         if site.precision != "fp32":
             return Refusal("already-rounded", f"the products of {site.id} are in {site.precision} already")
         weights = _weights(site)
@@ -83,6 +86,8 @@ def _weights(site: Site) -> list[Array]:
     """Every weight as a matrix (terms of a sum, columns)."""
     if isinstance(site, FeedForwardSite):
         found = [site.up_CF, site.gate_CF, site.down_FC]
+    elif isinstance(site, LinearSite):
+        found = [site.inner.weight_CGD, *([site.output.weight_HDC.reshape(site.features, -1)] if site.features else [])]
     else:
         operands = [part.weight_CGD for part in (site.query, site.key, site.value)]
         weight_HDC = None if site.output is None else site.output.weight_HDC

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from rewriter.attention.asides import write
 from rewriter.attention.build import Builder
+from rewriter.attention.emit_linear import emit_linear_site, linear, read_source, write_output
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
@@ -15,15 +17,16 @@ from rewriter.core.site import (
     AttentionSite,
     FeedForwardSite,
     HeadNorm,
-    OutputProjection,
+    LinearSite,
     Precision,
     Projection,
     Rotary,
     ScoreBias,
+    Site,
 )
 
 
-def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | FeedForwardSite) -> None:
+def emit(builder: Builder, paths: Callable[[], Paths], site: Site) -> None:
     """The nodes of one site; its result takes the graph's name of the old result. `paths` is asked for only if needed.
 
     Raises `Refused` if too little is known of the site, and `ModelError` if it belongs to another graph.
@@ -31,6 +34,8 @@ def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | Fee
     try:
         if isinstance(site, AttentionSite):
             _emit_attention(builder, paths, site)
+        elif isinstance(site, LinearSite):
+            emit_linear_site(builder, site)
         else:
             _emit_feed_forward(builder, paths, site)
     except ModelError as problem:
@@ -40,6 +45,7 @@ def emit(builder: Builder, paths: Callable[[], Paths], site: AttentionSite | Fee
 def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite) -> None:
     if site.output is None:
         raise Refused("no-output", "the output projection is not known", site.nodes)
+    write(b, site.before)
     query, key, value = (
         _operand(b, projection, role, site.precision)
         for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
@@ -62,7 +68,8 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         **({} if site.precision == "fp32" else {"precision": "bf16"}),
     )
     b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
-    _output(b, site)
+    write_output(b, site.output, f"{site.id}/features", site.precision)
+    write(b, site.after)
 
 
 def _bias_kind(bias: ScoreBias) -> str:
@@ -70,44 +77,6 @@ def _bias_kind(bias: ScoreBias) -> str:
         return "none"
     alone = not bias.also_causal and not bias.padding
     return "bool" if alone and bias.kind in ("bool", "causal") else "add"
-
-
-def _output(b: Builder, site: AttentionSite) -> None:
-    output = site.output
-    assert output is not None
-    heads, dim, width = output.weight_HDC.shape
-    inputs = [f"{site.id}/features", b.constant(output.weight_HDC.reshape(heads * dim, width), "output.weight")]
-    if output.bias_C is not None:
-        inputs.append(b.constant(output.bias_C, "output.bias"))
-    turned = output.time_first or output.channels_first
-    last = output.value if output.rank == 3 and not turned else ""
-    result = b.declare(_linear(b, inputs, site.precision, last), None, None, width)
-    if output.channels_first:
-        _channels_first(b, output, result, width)
-        return
-    if output.time_first:
-        last = output.value if output.rank == 3 else ""
-        result = b.op("Transpose", result, output=last, perm=[1, 0, 2])
-    if output.rank == 2:
-        b.op("Reshape", result, b.ints(-1, width), output=output.value)
-    elif output.rank > 3:
-        lead = b.op("Slice", b.op("Shape", output.flatten_like), b.ints(0), b.ints(-1))
-        b.op("Reshape", result, b.joined([lead, b.ints(width)]), output=output.value)
-
-
-def _channels_first(b: Builder, output: OutputProjection, result: str, width: int) -> None:
-    if output.rank == 3:
-        b.op("Transpose", result, output=output.value, perm=[0, 2, 1])
-        return
-    shape = b.op("Shape", output.flatten_like)
-    lead, axes = b.op("Slice", shape, b.ints(0), b.ints(1)), b.op("Slice", shape, b.ints(2), b.ints(output.rank))
-    target = b.joined([lead, b.ints(width), axes])
-    b.op("Reshape", b.op("Transpose", result, perm=[0, 2, 1]), target, output=output.value)
-
-
-def _linear(b: Builder, inputs: Sequence[str], precision: Precision, output: str = "", **attributes: str) -> str:
-    rounding = {} if precision == "fp32" else {"precision": precision}
-    return b.composite("Linear", *inputs, output=output, **attributes, **rounding)
 
 
 def _operand(b: Builder, projection: Projection, role: str, precision: Precision) -> str:
@@ -118,27 +87,22 @@ def _operand(b: Builder, projection: Projection, role: str, precision: Precision
     weight = projection.weight_CGD
     assert weight is not None
     width, heads, dim = weight.shape
-    source = projection.source
-    if projection.time_first:
-        source = b.op("Transpose", source, perm=[1, 0, 2])
-    if projection.channels_first:
-        source = b.op("Transpose", b.op("Reshape", source, b.ints(0, width, -1)), perm=[0, 2, 1])
-    elif projection.flatten:
-        source = b.op("Reshape", source, b.ints(0, -1, width))
+    source = read_source(b, projection, width)
     inputs = [source, b.constant(weight.reshape(width, heads * dim), f"{role}.weight")]
     if projection.bias_GD is not None:
         inputs.append(b.constant(projection.bias_GD.reshape(-1), f"{role}.bias"))
     steps = [step for step in ("norm", "rotary", "past", "present") if getattr(projection, step)]
     if not steps:
-        return b.declare(_linear(b, inputs, precision, f"{b.prefix}/{role}"), None, None, heads * dim)
-    flat = b.declare(_linear(b, inputs, precision), None, None, heads * dim)
+        return b.declare(linear(b, inputs, precision, f"{b.prefix}/{role}"), None, None, heads * dim)
+    flat = b.declare(linear(b, inputs, precision), None, None, heads * dim)
     return b.declare(_beyond_linear(b, projection, flat, heads, role), None, heads, None, dim)
 
 
 def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, role: str) -> str:
     """Norm, rotation and cache, on (B, G, S, D); the last of them carries the role's name or the cache's."""
     cached = bool(projection.past or projection.present)
-    final = projection.present if cached and not projection.past else "" if cached else f"{b.prefix}/{role}"
+    moved = bool(projection.past or projection.places)
+    final = projection.present if cached and not moved else "" if cached else f"{b.prefix}/{role}"
     if projection.norm is not None and projection.norm.across_heads:
         flat = _head_norm(b, projection.norm, flat, role, "")
         b.declare(flat, None, None, heads * projection.dim)
@@ -156,8 +120,21 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
         value = b.composite("Rotary", value, *tables, output=final, **attributes)
         b.declare(value, None, heads, None, projection.dim)
     if projection.past:
-        value = b.op("Concat", projection.past, value, output=projection.present, axis=2)
-    return value
+        value = b.op(
+            "Concat", projection.past, value, output="" if projection.places else projection.present, axis=2
+        )
+    return _placed(b, projection, value) if projection.places else value
+
+
+def _placed(b: Builder, projection: Projection, joined: str) -> str:
+    """Each place of the cache takes the token it numbers, or zeros."""
+    places = b.unsqueeze(projection.places, 1, 3)
+    none = b.op("Less", places, b.constant(np.array(0, np.int64)))
+    batch, tokens = b.size_of(joined, 0), b.size_of(projection.places, 1)
+    shape = b.joined([batch, b.ints(projection.heads), tokens, b.ints(projection.dim)])
+    index = b.op("Expand", b.op("Where", none, b.constant(np.array(0, np.int64)), places), shape)
+    picked = b.op("GatherElements", joined, index, axis=2)
+    return b.op("Where", none, b.constant(np.zeros(())), picked, output=projection.present)
 
 
 def _head_norm(b: Builder, norm: HeadNorm, value: str, role: str, output: str) -> str:
@@ -274,7 +251,7 @@ def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForward
         up.append(b.constant(site.up_bias_F, "up.bias"))
     gated = site.gate_CF is not None
     hidden = f"{site.id}/hidden"
-    acted = _linear(b, up, site.precision, hidden if named and not gated else "", activation=activation)
+    acted = linear(b, up, site.precision, hidden if named and not gated else "", activation=activation)
     if site.rank == 3:
         b.declare(acted, None, None, site.width)
     if not named:
@@ -287,11 +264,11 @@ def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForward
         gate = [site.source, b.constant(site.gate_CF, "gate.weight")]
         if site.gate_bias_F is not None:
             gate.append(b.constant(site.gate_bias_F, "gate.bias"))
-        b.op("Mul", acted, _linear(b, gate, site.precision), output=hidden)
+        b.op("Mul", acted, linear(b, gate, site.precision), output=hidden)
     down = [hidden, b.constant(site.down_FC, "down.weight")]
     if site.down_bias_C is not None:
         down.append(b.constant(site.down_bias_C, "down.bias"))
     if site.rank != 2:
-        _linear(b, down, site.precision, site.output)
+        linear(b, down, site.precision, site.output)
         return
-    b.op("Reshape", _linear(b, down, site.precision), b.ints(-1, site.down_FC.shape[1]), output=site.output)
+    b.op("Reshape", linear(b, down, site.precision), b.ints(-1, site.down_FC.shape[1]), output=site.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, Site
+from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Projection, Site
 
 TOKENS = 128  # the length at which costs and shares are stated
 
@@ -32,6 +32,8 @@ def cost(site: Site, batch: int, queries: int, keys: int | None = None) -> Cost:
     as operations; softmax, norms and element-wise functions neither."""
     if isinstance(site, FeedForwardSite):
         return _feed_forward(site, batch * queries)
+    if isinstance(site, LinearSite):
+        return _linear(site, batch * queries)
     return _attention(site, batch, queries, queries if keys is None else keys)
 
 
@@ -46,6 +48,12 @@ def _attention(site: AttentionSite, batch: int, queries: int, keys: int) -> Cost
         flops += 2 * batch * queries * site.output.weight_HDC.size
         parameters += site.output.weight_HDC.size + (0 if site.output.bias_C is None else site.output.bias_C.size)
     return Cost(flops, core, parameters)
+
+
+def _linear(site: LinearSite, tokens: int) -> Cost:
+    weights = _weights(site.inner) + site.output.weight_HDC.size
+    biases = [bias for bias in (site.inner.bias_GD, site.output.bias_C) if bias is not None]
+    return Cost(2 * tokens * weights, 0, weights + sum(int(bias.size) for bias in biases))
 
 
 def _weights(projection: Projection) -> int:

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import torch
 
+from rewriter.attention.damage import without_a_part, wrong_variants
 from rewriter.attention.lower import fragment, lower, result_of
 from rewriter.attention.trace import Trace
 from rewriter.attention.weights import Borrowed
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Site, State
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, RaisedSite, State
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, reads
 
@@ -25,41 +26,88 @@ EFFECT = 1e-6
 VAST = 1e10  # numbers beyond swallow scores whole, in any order
 
 
-def exact(site: Site) -> Site:
+def exact(site: RaisedSite) -> RaisedSite:
     """The same site with the graph's own element-wise nodes: named functions equal theirs only to float32 constants."""
     return replace(site, activation="path") if isinstance(site, FeedForwardSite) else site
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference as a share of the largest expected magnitude; infinite if shapes or NaN patterns differ."""
-    if actual.shape != expected.shape or not torch.equal(torch.isnan(actual), torch.isnan(expected)):
-        return float("inf")
-    if not expected.is_floating_point():
+def difference(actual: torch.Tensor, expected: torch.Tensor, limits: torch.Tensor | float = 1.0) -> float:
+    """Largest difference as a share of the largest finite expected magnitude, over the `limits` of every row.
+
+    Infinite if shapes differ, or if not the same numbers are NaN, infinite or negative infinite.
+    """
+    if actual.shape != expected.shape or not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
     if not expected.numel():
         return 0.0
-    actual, expected = torch.nan_to_num(actual), torch.nan_to_num(expected)
+    finite = torch.isfinite(expected)
+    same = torch.nan_to_num(actual, 0.0, 1.0, -1.0) == torch.nan_to_num(expected, 0.0, 1.0, -1.0)
+    if not torch.equal(torch.isfinite(actual), finite) or not bool((same | finite).all()):
+        return float("inf")
+    actual, expected = actual.where(finite, 0.0), expected.where(finite, 0.0)
     scale = max(float(expected.abs().max()), 1e-300)
-    return float((actual - expected).abs().max()) / scale
+    return float(((actual - expected).abs() / limits).max()) / scale
 
 
-def local_problem(trace: Trace, site: Site, effect: bool) -> Refusal | None:
-    """Why a site alone, on the values of a run, is not the identity; None if it is.
-
-    With `effect`, one head (or hidden unit) set to zero must move the result, or the check would prove nothing.
-    """
+def local_problem(trace: Trace, site: RaisedSite) -> Refusal | None:
+    """Why a site alone, on the values of a run, is not the identity; None if it is."""
     try:
-        env, expected = _run(trace, exact(site)), trace.env[result_of(site)]
-        error = difference(env[result_of(site)], expected)
-        if not error <= max(TOLERANCE, rounding(env.get(f"{site.id}/bias"))):
-            return Refusal("identity", f"lowered anew it differs by {error:.1e} of its scale", site.nodes)
-        if effect and difference(_run(trace, _damaged(exact(site)))[result_of(site)], expected) < EFFECT:
-            return Refusal("no-effect", "zeroing one head or unit changes nothing, so no check can fail", site.nodes)
+        own = exact(site)
+        env, expected = _run(trace, own), trace.env[result_of(site)]
+        error = difference(env[result_of(site)], expected, row_limits(own, env, expected))
     except Refused as refusal:
         return refusal.refusal
     except UserError as problem:
         return Refusal("lowering-failed", problem.what, site.nodes)
-    return None
+    if error <= 1.0:
+        return None
+    return Refusal("identity", f"lowered anew it differs by {TOLERANCE * error:.1e} of its scale", site.nodes)
+
+
+def unnoticed(trace: Trace, site: RaisedSite) -> set[str]:
+    """The wrong variants of a site that give what the site gives on the values of a run: what it cannot prove."""
+    expected = trace.env[result_of(site)]
+    return {what for what, wrong in wrong_variants(exact(site)) if not _noticed(trace, wrong, expected)}
+
+
+def telling(trace: Trace, site: RaisedSite) -> bool:
+    """Whether the values of a run would show that a part of a site is missing."""
+    return _noticed(trace, without_a_part(site), trace.env[result_of(site)])
+
+
+def _noticed(trace: Trace, wrong: RaisedSite, expected: torch.Tensor) -> bool:
+    try:
+        return difference(_run(trace, wrong)[result_of(wrong)], expected) >= EFFECT
+    except (UserError, Refused):
+        return True
+
+
+def row_limits(site: RaisedSite, env: Mapping[str, torch.Tensor], expected: torch.Tensor) -> torch.Tensor | float:
+    """The difference allowed in every row of a result.
+
+    The order of additions to scores shows where even the largest addend of a row is huge: a query whose keys are all
+    masked by -1e9 keeps seven digits of its scores. Elsewhere masked keys weigh exactly nothing.
+    """
+    bias = env.get(f"{site.id}/bias")
+    if not isinstance(site, AttentionSite) or bias is None or not bias.is_floating_point() or bias.ndim < 2:
+        return TOLERANCE
+    top = bias.amax(-1).abs()
+    limits = torch.where(top < VAST, 4.0 * torch.finfo(torch.float64).eps * top, 0.0).clamp(min=TOLERANCE)
+    if float(limits.max()) == TOLERANCE:
+        return TOLERANCE
+    batch, queries = env[f"{site.id}/features"].shape[:2]
+    limits_BHS = limits.reshape((1,) * (3 - limits.ndim) + tuple(limits.shape))
+    return _by_row(site, limits_BHS.amax(1).expand(batch, queries), expected)
+
+
+def _by_row(site: AttentionSite, limits_BS: torch.Tensor, expected: torch.Tensor) -> torch.Tensor | float:
+    """Limits of queries, laid out like the result of a site."""
+    output = site.output
+    if output is None or limits_BS.numel() * output.weight_HDC.shape[-1] != expected.numel():
+        return TOLERANCE
+    if output.channels_first:
+        return limits_BS.reshape(expected.shape[0], 1, *expected.shape[2:])
+    return (limits_BS.T if output.time_first else limits_BS).reshape(*expected.shape[:-1], 1)
 
 
 def rounding(bias: torch.Tensor | None) -> float:
@@ -71,12 +119,12 @@ def rounding(bias: torch.Tensor | None) -> float:
     return 4.0 * torch.finfo(torch.float64).eps * float(sizes.max()) if sizes.numel() else 0.0
 
 
-def allowed(trace: Trace, site: Site) -> float:
+def allowed(trace: Trace, site: RaisedSite) -> float:
     """The difference that rounding alone explains in one site, at the values of a run."""
     return max(TOLERANCE, rounding(_run(trace, exact(site)).get(f"{site.id}/bias")))
 
 
-def _run(trace: Trace, site: Site) -> dict[str, torch.Tensor]:
+def _run(trace: Trace, site: RaisedSite) -> dict[str, torch.Tensor]:
     part = fragment(trace.graph, site, exact=True, paths=trace.paths)
     env = {name: trace.interpreter.tensor(array) for name, array in part.constants.items()}
     made = {str(value.name) for node in part.nodes for value in node.outputs}
@@ -85,17 +133,6 @@ def _run(trace: Trace, site: Site) -> dict[str, torch.Tensor]:
     trace.interpreter.run_nodes(part.nodes, env)
     trace.interpreter.forget(part.nodes)
     return env
-
-
-def _damaged(site: Site) -> Site:
-    if isinstance(site, AttentionSite):
-        assert site.output is not None
-        weight_HDC = site.output.weight_HDC.copy()
-        weight_HDC[0] = 0
-        return replace(site, output=replace(site.output, weight_HDC=weight_HDC))
-    down_FC = site.down_FC.copy()
-    down_FC[: max(1, len(down_FC) // 4)] = 0
-    return replace(site, down_FC=down_FC)
 
 
 def joint_problem(
@@ -119,7 +156,7 @@ def joint_problem(
 
 def joint_failures(
     trace: Trace,
-    sites: Sequence[Site],
+    sites: Sequence[RaisedSite],
     feeds: Mapping[str, Array],
     expected: Mapping[str, torch.Tensor],
     tolerance: float = TOLERANCE,
@@ -143,7 +180,7 @@ def joint_failures(
 
 def _blamed(
     trace: Trace,
-    sites: Sequence[Site],
+    sites: Sequence[RaisedSite],
     lowered: OnnxGraph,
     feeds: Mapping[str, Array],
     expected: Mapping[str, torch.Tensor],
@@ -161,13 +198,13 @@ def _blamed(
     return found or {site.id: problem for site in sites}
 
 
-def _inner(site: Site) -> list[str]:
+def _inner(site: RaisedSite) -> list[str]:
     """Values of the old core, which a lowered graph must not compute any more."""
     names = "" if isinstance(site, FeedForwardSite) else site.names.get("inner", "")
     return [name for name in names.split("\n") if name]
 
 
-def demoted(site: Site, problem: Refusal) -> Site:
+def demoted(site: RaisedSite, problem: Refusal) -> RaisedSite:
     """The site without the state that a problem takes from it, and with the problem on record."""
     mapped = isinstance(site, FeedForwardSite) or site.mapped
     return replace(site, state=State.MAPPED if mapped else State.FOUND, problems=(*site.problems, problem))

@@ -12,14 +12,23 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from rewriter.attention.identity import TOLERANCE, allowed, demoted, joint_failures, local_problem
+from rewriter.attention.activations import holds
+from rewriter.attention.identity import (
+    TOLERANCE,
+    allowed,
+    demoted,
+    joint_failures,
+    local_problem,
+    telling,
+    unnoticed,
+)
 from rewriter.attention.lower import result_of
 from rewriter.attention.region import Regions
 from rewriter.attention.trace import Trace, drawn
 from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import Array, Site, State
+from rewriter.core.site import Array, FeedForwardSite, RaisedSite, State
 
-Raise = Callable[[Trace, ir.Node], Site | None]
+Raise = Callable[[Trace, ir.Node], RaisedSite | None]
 
 
 class Judge:
@@ -34,10 +43,11 @@ class Judge:
         self.raise_site = raise_site
         self._regions = Regions(first)
         self._verdicts: dict[str, Refusal | None] = {}
+        self._names_hold: dict[str, bool] = {}
         self._tolerance = TOLERANCE
-        self._noisy_sites: dict[str, Site] = {}
+        self._noisy_sites: dict[str, RaisedSite] = {}
 
-    def judge(self, site: Site, node: ir.Node) -> Site:
+    def judge(self, site: RaisedSite, node: ir.Node) -> RaisedSite:
         """The site with its state, as far as it can be told without the other sites; `node` is its anchor."""
         blocking = [p for p in site.problems if not p.code.startswith("bias-depends-on")]
         if not result_of(site) or blocking:
@@ -46,15 +56,29 @@ class Judge:
         if kind not in self._verdicts:
             self._verdicts[kind] = problem = self._proved(site, node)
         else:
-            problem = self._verdicts[kind] or local_problem(self.first, site, effect=False)
-        return demoted(site, problem) if problem else replace(site, state=State.LOWERABLE)
+            problem = self._verdicts[kind] or self._like_a_proved_one(site, node)
+        if problem:
+            return demoted(site, problem)
+        return replace(self._truly_named(site, kind), state=State.LOWERABLE)
+
+    def _truly_named(self, site: RaisedSite, kind: str) -> RaisedSite:
+        """The site with the graph's own element-wise nodes where they are not the function they were named after."""
+        if not isinstance(site, FeedForwardSite) or site.activation == "path":
+            return site
+        if kind not in self._names_hold:
+            self._names_hold[kind] = holds(self.first, site.activation, site.path_start, site.path_end)
+        return site if self._names_hold[kind] else replace(site, activation="path")
+
+    def _like_a_proved_one(self, site: RaisedSite, node: ir.Node) -> Refusal | None:
+        """The site compared once; in full after all, if its own numbers would not show a mistake."""
+        return local_problem(self.first, site) if telling(self.first, site) else self._proved(site, node)
 
     def forget(self, before: int) -> None:
         """Drop values that nodes from topological index `before` on do not read."""
         for trace in (self.first, self.noisy, self.second, self.noisy_second):
             trace.env.prune(before)
 
-    def _proved(self, site: Site, node: ir.Node) -> Refusal | None:
+    def _proved(self, site: RaisedSite, node: ir.Node) -> Refusal | None:
         try:
             noisy = self.raise_site(self.noisy, node)
         except Refused:
@@ -62,19 +86,24 @@ class Judge:
         if noisy is None or result_of(noisy) != result_of(site):
             return Refusal("unstable", "with other weights the site is not recognised", site.nodes)
         self._noisy_sites[result_of(site)] = noisy
-        problem = local_problem(self.first, site, False) or local_problem(self.noisy, noisy, True)
+        problem = local_problem(self.first, site) or local_problem(self.noisy, noisy)
         if problem:
             return problem
-        problem = local_problem(self.second, site, False) or local_problem(self.noisy_second, noisy, True)
+        problem = local_problem(self.second, site) or local_problem(self.noisy_second, noisy)
         if problem and problem.code == "identity":
             why = f"only with holes, left padding or fully masked rows: {problem.why}"
             problem = Refusal("identity-under-masks", why, problem.nodes)
         if problem is None:
+            hidden = unnoticed(self.noisy, noisy)
+            hidden &= unnoticed(self.noisy_second, noisy) if hidden else set()
+            if hidden:
+                what = ", ".join(sorted(hidden))
+                return Refusal("no-effect", f"{what} changes nothing, so no check can fail", site.nodes)
             # differences of several layers add up
             self._tolerance = max(self._tolerance, 10 * allowed(self.noisy_second, noisy))
         return problem
 
-    def together(self, sites: Sequence[Site], third: Mapping[str, Array]) -> list[Site]:
+    def together(self, sites: Sequence[RaisedSite], third: Mapping[str, Array]) -> list[RaisedSite]:
         """The sites after all were lowered together: with their own small weights on feeds of sizes never seen, and
         with noise where every site was raised with it.
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Site
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, RaisedSite
 
 Ledger = dict[int, tuple[Array, "Recipe"]]
 
@@ -68,7 +68,7 @@ def _steps(order: Array) -> tuple[int, ...] | None:
     return tuple(steps) if np.array_equal(expected, order) else None
 
 
-def with_own_weights(site: Site, ledger: Ledger, matrix_of: Callable[[str], Array]) -> Site:
+def with_own_weights(site: RaisedSite, ledger: Ledger, matrix_of: Callable[[str], Array]) -> RaisedSite:
     """The site with every drawn weight exchanged for the model's own; `matrix_of` gives the matrix behind a value."""
 
     def exchanged(part: Any) -> Any:

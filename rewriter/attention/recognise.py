@@ -30,7 +30,7 @@ from rewriter.attention.sites import raise_anchor
 from rewriter.attention.trace import Trace, drawn, label
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import AttentionSite, FeedForwardSite, Recognition, Site, State, Unrecognised
+from rewriter.core.site import AttentionSite, FeedForwardSite, RaisedSite, Recognition, State, Unrecognised
 from rewriter.graph.onnx import OnnxGraph
 
 SiteKind = TypeVar("SiteKind", AttentionSite, FeedForwardSite)
@@ -92,7 +92,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def raise_site(trace: Trace, node: ir.Node) -> Site | None:
+def raise_site(trace: Trace, node: ir.Node) -> RaisedSite | None:
     """The site whose anchor is this node: a softmax or attention operator, or the last linear of a feed-forward.
 
     None for nodes that are none; raises `Refused` for what looks like attention but is not understood.
@@ -105,9 +105,9 @@ def raise_site(trace: Trace, node: ir.Node) -> Site | None:
         raise Refused("probe-failed", f"{type(problem).__name__}: {problem}", (label(node),)) from problem
 
 
-def _judged(trace: Trace, judge: Judge) -> tuple[list[Site], tuple[Unrecognised, ...]]:
+def _judged(trace: Trace, judge: Judge) -> tuple[list[RaisedSite], tuple[Unrecognised, ...]]:
     """Every site in data-flow order, with ids, each judged on its own; and the anchors that were not understood."""
-    found: list[Site] = []
+    found: list[RaisedSite] = []
     unrecognised = []
     before = 0
     for node in trace.nodes:
@@ -123,7 +123,7 @@ def _judged(trace: Trace, judge: Judge) -> tuple[list[Site], tuple[Unrecognised,
     return _named(found), tuple(unrecognised)
 
 
-def _named(sites: list[Site]) -> list[Site]:
+def _named(sites: list[RaisedSite]) -> list[RaisedSite]:
     counts = {"attention": 0, "feed_forward": 0}
     named = []
     for site in sorted(sites, key=lambda site: site.order):

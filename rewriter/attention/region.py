@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from rewriter.attention.lower import result_of
 from rewriter.attention.trace import Trace, inputs_of
-from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, Site
+from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, RaisedSite
 from rewriter.graph.fingerprint import digest_attribute
 
 
@@ -21,7 +21,7 @@ class Regions:
         self.trace = trace
         self._known: dict[str, str] = {}
 
-    def fingerprint(self, site: Site) -> str:
+    def fingerprint(self, site: RaisedSite) -> str:
         """Equal for sites whose regions differ in nothing but the numbers in weights, biases and gains."""
         result = result_of(site)
         sources = [name for name in dict.fromkeys(_sources(site)) if name]
@@ -85,13 +85,13 @@ def _node_digest(node: ir.Node, tokens: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _sources(site: Site) -> list[str]:
+def _sources(site: RaisedSite) -> list[str]:
     if isinstance(site, FeedForwardSite):
         return [site.source]
     return [name for p in (site.query, site.key, site.value) for name in (p.source, p.opaque, p.past)]
 
 
-def _description(site: Site) -> str:
+def _description(site: RaisedSite) -> str:
     """What was read off the site, without names and numbers of weights."""
     if isinstance(site, FeedForwardSite):
         return repr((site.activation, site.gate_CF is None, site.up_CF.shape, site.rank, site.example_shape))

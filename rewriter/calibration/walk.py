@@ -18,7 +18,7 @@ from rewriter.calibration.statistics import (
     valid_keys,
 )
 from rewriter.core.rewrite import output_weights
-from rewriter.core.site import AttentionSite, Site
+from rewriter.core.site import AttentionSite, FeedForwardSite, Site
 from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
 from rewriter.graph.composites import is_composite
 from rewriter.graph.onnx import OnnxGraph
@@ -54,15 +54,15 @@ class SiteStatistics:
 
 def feature_name(site: Site) -> str:
     """The input of the site's output projection, as lowering names it."""
-    return f"{site.id}/features" if isinstance(site, AttentionSite) else f"{site.id}/hidden"
+    return f"{site.id}/hidden" if isinstance(site, FeedForwardSite) else f"{site.id}/features"
 
 
 def output_name(site: Site) -> str:
     """The site's result in the graph."""
-    if isinstance(site, AttentionSite):
-        assert site.output is not None
-        return site.output.value
-    return site.output
+    if isinstance(site, FeedForwardSite):
+        return site.output
+    assert site.output is not None
+    return site.output.value
 
 
 def ports(lowered: OnnxGraph, site: AttentionSite) -> Ports:
@@ -172,12 +172,13 @@ def rows_of(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Features (N, F), output (N, C) and drift (N, C) with matching rows, whatever the layout of the output value."""
     lead = tuple(features.shape[:-1])
-    swapped = isinstance(site, AttentionSite) and site.output is not None and site.output.time_first
+    layout = None if isinstance(site, FeedForwardSite) else site.output
+    swapped = layout is not None and layout.time_first
 
     def flat(value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
-        if isinstance(site, AttentionSite) and site.output is not None and site.output.channels_first:
+        if layout is not None and layout.channels_first:
             value = value.flatten(2).transpose(1, 2)
         width = value.shape[-1]
         if not swapped:

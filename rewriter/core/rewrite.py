@@ -17,7 +17,7 @@ from rewriter.core.errors import OptionError
 from rewriter.core.linalg import ridge_towards
 from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
-from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Site, State
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, LinearSite, Site, State
 from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
 from rewriter.core.target import Target
 
@@ -66,6 +66,8 @@ class Pass(ABC):
 def attention_refusal(site: Site) -> Refusal | None:
     """What any rewrite of an attention's weights needs: mapped, lowerable, nothing read from outside, no cache."""
     if not isinstance(site, AttentionSite):
+        if isinstance(site, LinearSite):
+            return Refusal("already-replaced", f"{site.id} is no attention any more")
         return Refusal("not-attention", f"{site.id} is a feed-forward, not an attention")
     if not site.mapped or site.output is None:
         return Refusal("not-mapped", "the weights of some operand are not known per head", site.nodes[:1])
@@ -140,5 +142,7 @@ def with_output_weights(site: Site, weights: Array64) -> Site:
         return replace(site, down_FC=weights[:-1].astype(dtype), down_bias_C=weights[-1].astype(dtype))
     assert site.output is not None
     before = site.output.weight_HDC
-    weight_HDC = weights[:-1].reshape(site.heads, -1, weights.shape[1]).astype(before.dtype)
-    return replace(site, output=replace(site.output, weight_HDC=weight_HDC, bias_C=weights[-1].astype(before.dtype)))
+    heads = before.shape[0] if isinstance(site, LinearSite) else site.heads
+    weight_HDC = weights[:-1].reshape(heads, -1 if heads else 0, weights.shape[1]).astype(before.dtype)
+    output = replace(site.output, weight_HDC=weight_HDC, bias_C=weights[-1].astype(before.dtype))
+    return replace(site, output=output)

@@ -15,11 +15,29 @@ from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rewriter.core.operand import Array, HeadNorm, OutputProjection, Projection, Rotary, ScoreBias
 from rewriter.core.refusal import Refusal
 
-Array = NDArray[Any]
+__all__ = [
+    "Array",
+    "AttentionSite",
+    "FeedForwardSite",
+    "HeadNorm",
+    "LinearSite",
+    "OutputProjection",
+    "Precision",
+    "Projection",
+    "RaisedSite",
+    "Recognition",
+    "Rotary",
+    "ScoreBias",
+    "Site",
+    "State",
+    "Step",
+    "Unrecognised",
+]
+
 Precision = Literal["fp32", "bf16", "int8"]  # what the operands of a sub-block's linear layers are rounded to
 
 
@@ -32,163 +50,17 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """Rotary position embedding (Su et al. 2021): which table values turn the leading `size` dims, and how.
+class Step:
+    """One standard operator with one output, or a ``Constant`` with its `array`: part of what a site writes besides itself.
 
-    `table_form` says which steps turn the graph's tables into what broadcasts to (B, G, S, size): ``heads`` inserts
-    axis 1, ``swap`` exchanges axes 1 and 2, ``double`` repeats a table of half the size (interleaved if the pairs are).
+    An attention operator of the graph may compute masks, tables and places in a cache inside itself; steps say how.
     """
 
-    cos: str
-    sin: str
-    size: int
-    interleaved: bool
-    sign: int = 1
-    table_form: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class HeadNorm:
-    """A norm over the dims of one head, between projection and rotation.
-
-    With `across_heads` it is one norm over the dims of all heads together, and gain and bias are (G, D).
-    """
-
-    kind: Literal["layer", "rms"]
-    gain_D: Array
-    bias_D: Array | None
-    epsilon: float
-    across_heads: bool = False
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One operand of an attention: ``rotary(norm(source_BSC @ weight_CGD + bias_GD))``, or an opaque value.
-
-    `head_of[h]` is the operand's head that query head `h` reads (grouped-query attention needs no other description).
-    `source` names a value of shape (B, S, C); with `time_first` its first two axes are swapped; with `flatten` it has
-    several token axes; with `channels_first` it is (B, C, tokens...). `past`/`present` name the cache value put before
-    the tokens and the value that holds both.
-    An opaque operand is a value of shape (B, G, S, D) — (B, G, D, S) if `opaque_transposed` — used as it is.
-    """
-
-    source: str = ""
-    weight_CGD: Array | None = None
-    bias_GD: Array | None = None
-    weight_name: str = ""
-    bias_name: str = ""
-    time_first: bool = False
-    flatten: bool = False
-    channels_first: bool = False
-    norm: HeadNorm | None = None
-    rotary: Rotary | None = None
-    past: str = ""
-    present: str = ""
-    head_of: tuple[int, ...] = ()
-    opaque: str = ""
-    opaque_transposed: bool = False
-    opaque_heads: int = 0
-    opaque_dim: int = 0
-    opaque_why: str = ""
-
-    @property
-    def mapped(self) -> bool:
-        """Whether the weights of every head are known."""
-        return self.weight_CGD is not None
-
-    @property
-    def heads(self) -> int:
-        """Distinct heads of this operand (the KV heads, for keys and values)."""
-        return self.opaque_heads if self.weight_CGD is None else int(self.weight_CGD.shape[1])
-
-    @property
-    def dim(self) -> int:
-        """Size of one head."""
-        return self.opaque_dim if self.weight_CGD is None else int(self.weight_CGD.shape[2])
-
-    @property
-    def plain(self) -> bool:
-        """A bare linear map: no norm, no rotation, no cache. What low-rank rewrites need."""
-        cached = bool(self.past or self.present)
-        return self.mapped and self.norm is None and self.rotary is None and not cached
-
-    def keep_heads(self, query_heads: tuple[int, ...]) -> Projection:
-        """The operand for only these query heads, with heads nobody reads cut away where weights are known."""
-        used = [self.head_of[h] for h in query_heads]
-        if not self.mapped or self.past or self.present:
-            return replace(self, head_of=tuple(used))
-        assert self.weight_CGD is not None
-        left = sorted(set(used))
-        return replace(
-            self,
-            weight_CGD=np.ascontiguousarray(self.weight_CGD[:, left]),
-            bias_GD=None if self.bias_GD is None else self.bias_GD[left],
-            head_of=tuple(left.index(u) for u in used),
-        )
-
-
-@dataclass(frozen=True)
-class ScoreBias:
-    """What is added to the scaled scores: a reference into the graph, never a copy of its content.
-
-    `kind`: ``none``; ``value`` (`value` is added); ``bool`` (`value` is True where attending is allowed); ``causal``
-    (query i sees keys up to i, counted from the left of both); ``fill`` (scores are replaced by one low number, or by
-    minus infinity if `infinite`, where `value` equals `filled_by`); ``path`` (the
-    graph's own nodes from `value` to `path_end`, evaluated with the content product set to zero).
-    `full_shape` says that a ``path`` needs zeros of the product's full shape. `heads_axis` is how many heads the bias
-    tells apart (1: shared by all), `keep` selects among them once heads were removed, `folded` says that batch and
-    heads share one axis in the graph. `product_rank` is the rank of the product a ``path`` starts from, `lead` its head
-    axes where there are several. On top of it come, where an operator of the graph applied them, causality
-    (`also_causal`:
-    aligned at the ``start`` or ``end`` of the keys) and `padding`, a value (B, T) that is not zero where a key is
-    valid; other keys get `padding_fill`.
-    """
-
-    kind: Literal["none", "value", "bool", "causal", "fill", "path"] = "none"
-    value: str = ""
-    path_end: str = ""
-    full_shape: bool = False
-    heads_axis: int = 1
-    folded: bool = False
-    product_rank: int = 4
-    lead: tuple[int, ...] = ()
-    filled_by: bool = True
-    infinite: bool = False
-    keep: tuple[int, ...] | None = None
-    also_causal: str = ""
-    padding: str = ""
-    padding_fill: float = 0.0
-
-    @property
-    def nothing(self) -> bool:
-        """Whether nothing at all is added to the scores."""
-        return self.kind == "none" and not self.also_causal and not self.padding
-
-    def keep_heads(self, query_heads: tuple[int, ...]) -> ScoreBias:
-        """The bias for only these query heads."""
-        if self.kind == "none" or self.heads_axis == 1:
-            return self
-        before = self.keep if self.keep is not None else tuple(range(self.heads_axis))
-        return replace(self, keep=tuple(before[h] for h in query_heads))
-
-
-@dataclass(frozen=True)
-class OutputProjection:
-    """``output = features_BSHD @ weight_HDC + bias_C``; `value` is the graph's name of the result.
-
-    `rank`, `time_first` and `flatten_like` (a value whose leading axes the result takes) say how the graph lays the
-    result out. `bias_C` is what the linear node itself adds; a bias added later stays outside unless absorbed.
-    """
-
-    value: str
-    weight_HDC: Array
-    bias_C: Array | None = None
-    weight_name: str = ""
-    bias_name: str = ""
-    rank: int = 3
-    time_first: bool = False
-    flatten_like: str = ""
-    channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
+    operator: str
+    inputs: tuple[str, ...]
+    output: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    array: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +72,7 @@ class AttentionSite:
     `escapes` lists values inside the region that something outside reads (probabilities, queries, keys, values).
     `example_shape` has the sizes (B, S, T) met while raising, `order` the position of the site in the data flow.
     `precision` rounds the operands of every projection; below fp32 those of scores and mixing are in bf16.
+    `before` makes values that the description refers to and the graph does not hold, `after` further results of the site.
     """
 
     id: str
@@ -224,6 +97,8 @@ class AttentionSite:
     order: int = 0
     precision: Precision = "fp32"
     names: Mapping[str, str] = field(default_factory=dict)
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
 
     @property
     def kv_heads(self) -> int:
@@ -320,7 +195,48 @@ class FeedForwardSite:
         )
 
 
-Site = AttentionSite | FeedForwardSite
+@dataclass(frozen=True)
+class LinearSite:
+    """What stands in an attention's place: ``features @ weight_HDC + bias``, every token by itself.
+
+    `inner` makes the features of a token: ``source @ weight_CGD + bias_GD``, or the source itself where its weight is
+    None. An output of no features (H = 0) is its bias alone. `replaces` is the attention that was here.
+    """
+
+    id: str
+    inner: Projection
+    output: OutputProjection
+    replaces: AttentionSite
+    precision: Precision = "fp32"
+
+    @property
+    def state(self) -> State:
+        """As that of the attention."""
+        return self.replaces.state
+
+    @property
+    def escapes(self) -> tuple[str, ...]:
+        """As those of the attention."""
+        return self.replaces.escapes
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of the attention."""
+        return self.replaces.nodes
+
+    @property
+    def order(self) -> int:
+        """The attention's place in the data flow."""
+        return self.replaces.order
+
+    @property
+    def features(self) -> int:
+        """How many features a token has."""
+        return int(self.output.weight_HDC.shape[0] * self.output.weight_HDC.shape[1])
+
+
+RaisedSite = AttentionSite | FeedForwardSite  # what a graph holds
+Site = RaisedSite | LinearSite  # what a rewritten graph may hold
 
 
 @dataclass(frozen=True)
@@ -340,7 +256,7 @@ class Recognition:
     unrecognised: tuple[Unrecognised, ...] = ()
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[RaisedSite, ...]:
         """All sites in data-flow order."""
-        both: tuple[Site, ...] = (*self.attention, *self.feed_forward)
+        both: tuple[RaisedSite, ...] = (*self.attention, *self.feed_forward)
         return tuple(sorted(both, key=lambda site: site.order))

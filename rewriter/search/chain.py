@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rewriter.core.site import AttentionSite, Projection, Site
+from rewriter.attention.lower import result_of
+from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Projection, Site
 from rewriter.graph.composites import COMPOSITE_DOMAIN
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Fragment
@@ -52,6 +53,12 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
             "softcap": bool(site.softcap),
             "empty_rows": site.empty_rows,
         }
+    elif isinstance(site, LinearSite):
+        facts |= {
+            "kind": "linear",
+            "operands": [_operand_facts(site.inner)],
+            "output": [*site.output.weight_HDC.shape, site.output.bias_C is not None],
+        }
     else:
         facts |= {
             "kind": "feed_forward",
@@ -77,8 +84,8 @@ def build_chain(graph: OnnxGraph, site: Site, piece: Fragment, values: Values, c
     instead of in a row. Weights differ between copies, so that no two share cache lines.
     """
     builder = _ChainBuilder(piece, values)
-    source = site.query.source if isinstance(site, AttentionSite) else site.source
-    result = site.output.value if isinstance(site, AttentionSite) and site.output else getattr(site, "output", "")
+    source = _source(site)
+    result = result_of(site)
     in_a_row = bool(source) and values[source].ndim == 3 and builder.result_width(site) == values[source].shape[-1]
     current = builder.input(source) if source else None
     outputs = []
@@ -89,6 +96,13 @@ def build_chain(graph: OnnxGraph, site: Site, piece: Fragment, values: Values, c
         else:
             outputs.append(made)
     return Chain(builder.graph(outputs or [current], graph), builder.feeds(), copies)
+
+
+def _source(site: Site) -> str:
+    """The value that a copy takes from the copy before it."""
+    if isinstance(site, FeedForwardSite):
+        return site.source
+    return site.inner.source if isinstance(site, LinearSite) else site.query.source
 
 
 class _ChainBuilder:
@@ -102,7 +116,7 @@ class _ChainBuilder:
 
     @staticmethod
     def result_width(site: Site) -> int:
-        if isinstance(site, AttentionSite):
+        if not isinstance(site, FeedForwardSite):
             return -1 if site.output is None or site.output.rank != 3 else int(site.output.weight_HDC.shape[2])
         return int(site.down_FC.shape[1])
 

@@ -10,7 +10,7 @@ import numpy as np
 from rewriter.accuracy.certificate import Verdict
 from rewriter.attention.flops import TOKENS, total
 from rewriter.core.measurement import Interval
-from rewriter.core.site import AttentionSite, Site
+from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Site
 from rewriter.measurement import environment
 from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
@@ -130,13 +130,15 @@ def _site(session: Session, outcome: Outcome, site: Site) -> dict[str, Any]:
     refused = {name: one.refuse(site) for name, one in session.selection.passes.items()}
     facts: dict[str, Any] = {
         "id": site.id,
-        "kind": "attention" if isinstance(site, AttentionSite) else "feed_forward",
+        "kind": "feed_forward" if isinstance(site, FeedForwardSite) else "attention",
         "state": site.state.value,
         "chosen": [str(option) for option in outcome.kept.plan.at(site.id)],
         "refusals": {name: str(r) for name, r in refused.items() if r is not None and r.code not in _WRONG_KIND},
     }
     if isinstance(site, AttentionSite):
         return facts | {"heads": site.heads, "kv_heads": site.kv_heads, "head_dim": site.qk_dim}
+    if isinstance(site, LinearSite):
+        return facts | {"features": site.features}
     return facts | {"width": site.width}
 
 
