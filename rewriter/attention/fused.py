@@ -1,203 +1,189 @@
 """Attention that the graph already holds as one operator: the standard's (opset 23 on) and those of com.microsoft.
 
 Each operator is read into the same nouns: where queries, keys and values enter, what it adds to them and to the scores,
-which cache it holds. What cannot be written anew is a problem on record; the site is found and mapped all the same.
+which cache it holds. Masks, tables and places that it computes inside itself become steps of the site. What cannot be
+written anew is a problem on record; the site is found and mapped all the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.asides import Aside
+from rewriter.attention.fused_forms import FusedForm, Turn, number
+from rewriter.attention.fused_grouped import read_grouped
+from rewriter.attention.fused_masks import offset_of
+from rewriter.attention.fused_microsoft import read_multi_head, read_packed
+from rewriter.attention.fused_standard import read_standard
 from rewriter.attention.operands import Operand
-from rewriter.attention.projections import Raised
+from rewriter.attention.projections import Raised, raise_operand
 from rewriter.attention.recipes import stored
 from rewriter.attention.trace import Trace, inputs_of, label
-from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import Array, Projection, ScoreBias
+from rewriter.core.refusal import Refused
+from rewriter.core.site import Array, Projection, Rotary, Step
 
 MICROSOFT = "com.microsoft"
-FUSED = {("", "Attention"), ("ai.onnx", "Attention")} | {
-    (MICROSOFT, name) for name in ("Attention", "MultiHeadAttention", "GroupQueryAttention")
+_READERS: dict[tuple[str, str], Callable[[Trace, ir.Node], FusedForm]] = {
+    ("", "Attention"): read_standard,
+    ("ai.onnx", "Attention"): read_standard,
+    (MICROSOFT, "Attention"): read_packed,
+    (MICROSOFT, "MultiHeadAttention"): read_multi_head,
+    (MICROSOFT, "GroupQueryAttention"): read_grouped,
 }
+# attention all the same, by operators of ONNX Runtime that only some of its providers have
+NAMED_ONLY = frozenset(
+    [
+        "DecoderMaskedMultiHeadAttention",
+        "DecoderMaskedSelfAttention",
+        "DecoderAttention",
+        "LongformerAttention",
+        "PackedAttention",
+        "PackedMultiHeadAttention",
+        "PagedAttention",
+        "QAttention",
+        "QOrderedAttention",
+        "QOrderedLongformerAttention",
+        "RelativePositionBias",
+        "SparseAttention",
+    ]
+)
 
 
 def is_fused(node: ir.Node) -> bool:
     """Whether a node is an attention operator that can be read."""
-    return (node.domain, node.op_type) in FUSED
-
-
-def number(node: ir.Node, name: str, default: float) -> float:
-    """A numeric attribute."""
-    return float(node.attributes[name].value) if name in node.attributes else default
+    return (node.domain, node.op_type) in _READERS
 
 
 @dataclass(frozen=True)
-class FusedForm:
-    """An attention operator: three operands, or the input and packed weight they are made from.
+class Fused:
+    """An attention operator with its operands raised, the numbers added to its scores, and the steps around it."""
 
-    `caches` are (past, present) names of keys and values; `added` is what the operator adds to queries, keys, values.
-    """
-
-    operands: tuple[Operand, Operand, Operand] | None
-    context: Operand
-    dims: tuple[int, int]
-    mask: str = ""  # added to the scores, or True where attending is allowed
-    padding: str = ""  # (B, T), not zero where a key is valid
-    padding_fill: float = 0.0
-    causal: str = ""  # aligned at the "start" or at the "end" of the keys
-    caches: tuple[tuple[str, str], tuple[str, str]] = (("", ""), ("", ""))
-    added: tuple[Array, ...] = ()
-    empty_rows: str = "nan"
-    problems: tuple[Refusal, ...] = field(default=())
+    form: FusedForm
+    raised: tuple[Raised, Raised, Raised]
+    offset: Array  # (B or 1, H or 1, S, T)
+    keys: int
+    scale: float
+    softcap: float
+    before: tuple[Step, ...]
+    after: tuple[Step, ...]
 
 
-def read_fused(trace: Trace, node: ir.Node) -> FusedForm:
+def read_fused(trace: Trace, node: ir.Node) -> Fused:
     """What an attention operator does; raises `Refused` for forms that are not read at all."""
-    if not node.domain or node.domain == "ai.onnx":
-        return _standard(trace, node)
-    kinds = {"MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped_query, "Attention": _packed}
-    return kinds[node.op_type](trace, node)
-
-
-def _named(node: ir.Node, count: int) -> list[str]:
-    names = inputs_of(node)
-    return names + [""] * (count - len(names))
-
-
-def _output(node: ir.Node, index: int) -> str:
-    """The name of an output that something reads; "" otherwise."""
-    value = node.outputs[index] if index < len(node.outputs) else None
-    used = value is not None and value.name and (value.uses() or value.is_graph_output())
-    return str(value.name) if used and value is not None else ""
-
-
-def _operand(trace: Trace, name: str, heads: int) -> Operand:
-    shape = trace.shape(name)
-    if len(shape) == 4:
-        return Operand(name, (0, 1, 2, 3), shape[:2])
-    if len(shape) != 3 or not heads or shape[2] % heads:
-        raise Refused("operand-form", f"an operand of {len(shape)} axes for {heads} heads")
-    return Operand(name, (0, 2, 1, 3), (shape[0], heads), heads)
-
-
-def _problem(code: str, why: str, node: ir.Node) -> Refusal:
-    return Refusal(code, why, (label(node),))
-
-
-def _sizes(trace: Trace, operands: tuple[Operand, Operand, Operand]) -> tuple[int, int]:
-    query, key, _ = (operand.arrange(trace.value(operand.name)) for operand in operands)
-    return int(query.shape[-2]), int(key.shape[-2])
-
-
-def _standard(trace: Trace, node: ir.Node) -> FusedForm:
-    names = _named(node, 7)
-    heads, kv = int(number(node, "q_num_heads", 0)), int(number(node, "kv_num_heads", 0))
-    operands = (_operand(trace, names[0], heads), _operand(trace, names[1], kv), _operand(trace, names[2], kv))
-    context = _operand(trace, str(node.outputs[0].name), heads)
-    problems = []
-    if names[6]:
-        problems.append(_problem("cache-in-operator", "the operator is told the length of its cache", node))
-    if _output(node, 3):
-        problems.append(_problem("exposed-probabilities", "the operator gives its scores away", node))
-    if any(number(node, name, -1) >= 0 for name in ("left_window_size", "right_window_size")):
-        problems.append(_problem("window-in-operator", "the operator applies a window", node))
-    caches = ((names[4], _output(node, 1)), (names[5], _output(node, 2)))
-    causal = ("end" if names[4] else "start") if number(node, "is_causal", 0) else ""
-    return FusedForm(operands, context, _sizes(trace, operands), names[3], causal=causal, caches=caches,
-                     empty_rows="zero", problems=tuple(problems))  # fmt: skip
-
-
-def _multi_head(trace: Trace, node: ir.Node) -> FusedForm:
-    names = _named(node, 10)
-    heads = int(number(node, "num_heads", 0))
-    if not names[1]:
-        shape = trace.shape(names[0])
-        if len(shape) != 5:
-            raise Refused("operand-form", "queries alone that are not packed", (label(node),))
-        lead = (shape[0], heads)
-        parts = [Operand(names[0], (0, 2, 1, 3), lead, part=(3, i)) for i in range(3)]
-    elif len(trace.shape(names[1])) == 5:
-        lead = (trace.shape(names[1])[0], heads)
-        parts = [_operand(trace, names[0], heads)]
-        parts += [Operand(names[1], (0, 2, 1, 3), lead, part=(3, i)) for i in range(2)]
-    else:
-        parts = [_operand(trace, name, heads) for name in names[:3]]
-    operands = (parts[0], parts[1], parts[2])
-    problems = []
-    if any(names[8:]) or _output(node, 3):
-        problems.append(
-            _problem("cache-in-operator", "the operator shares a cache buffer or gives its scores away", node)
+    if node.op_type in NAMED_ONLY:
+        raise Refused("fused-operator", f"{node.op_type} is not taken apart", (label(node),))
+    form = _READERS[node.domain, node.op_type](trace, node)
+    if form.operands is None:
+        raised = tuple(
+            _cached(trace, form, part, cache)
+            for part, cache in zip(packed_projections(trace, node), (None, *form.caches), strict=True)
         )
-    mask = _padding(trace, node, names[4], problems)
-    caches = ((names[6], _output(node, 1)), (names[7], _output(node, 2)))
-    added = _packed_bias(trace, node, names[3], operands)
-    causal = "end" if number(node, "unidirectional", 0) else ""
-    fill = number(node, "mask_filter_value", -10000.0)
-    context = _operand(trace, str(node.outputs[0].name), heads)
-    return FusedForm(operands, context, _sizes(trace, operands), names[5], mask, fill, causal, caches, added,
-                     problems=tuple(problems))  # fmt: skip
-
-
-def _padding(trace: Trace, node: ir.Node, name: str, problems: list[Refusal]) -> str:
-    if name and len(trace.shape(name)) != 2:
-        problems.append(_problem("mask-form", "padding is not given as (batch, keys)", node))
-        return ""
-    return name
-
-
-def _packed_bias(trace: Trace, node: ir.Node, name: str, operands: tuple[Operand, ...]) -> tuple[Array, ...]:
-    """(heads, dim) added to queries, keys and values."""
-    if not name:
-        return ()
-    if name not in trace.fixed:
-        raise Refused("operand-form", "what is added to the operands is computed", (label(node),))
-    shapes = [operand.arrange(trace.value(operand.name)).shape[-1] for operand in operands]
-    heads = operands[0].lead[1]
-    cuts = np.cumsum([heads * dim for dim in shapes])[:-1]
-    parts = np.split(trace.value(name).reshape(-1), cuts)
-    return tuple(part.reshape(heads, -1) for part in parts)
-
-
-def _grouped_query(trace: Trace, node: ir.Node) -> FusedForm:
-    """Caches written at places that data decide: understood, not written anew."""
-    names = _named(node, 12)
-    heads, kv = int(number(node, "num_heads", 0)), int(number(node, "kv_num_heads", 0))
-    if names[1]:
-        operands = (_operand(trace, names[0], heads), _operand(trace, names[1], kv), _operand(trace, names[2], kv))
     else:
-        shape = trace.shape(names[0])
-        dim = shape[2] // (heads + 2 * kv)
-        cuts = ((0, heads), (heads, heads + kv), (heads + kv, heads + 2 * kv))
-        lead, whole = shape[0], heads + 2 * kv
-        parts = [Operand(names[0], (0, 2, 1, 3), (lead, b - a), whole, heads=(a, b)) for a, b in cuts if dim]
-        operands = (parts[0], parts[1], parts[2])
-    problems = [_problem("cache-in-operator", "the operator writes its cache at places that data decide", node)]
-    if number(node, "do_rotary", 0):
-        problems.append(_problem("rotary-in-operator", "the operator turns queries and keys itself", node))
-    context = _operand(trace, str(node.outputs[0].name), heads)
-    return FusedForm(operands, context, _sizes(trace, operands), names[10], causal="end", problems=tuple(problems))
+        raised = _raised(trace, form, form.operands)
+    first, second, third = raised
+    heads, past = len(first.projection.head_of), form.caches[0][0]
+    keys = trace.shape(form.places)[1] if form.places else form.dims[1] + (trace.shape(past)[-2] if past else 0)
+    offset = offset_of(trace, form.bias, form.dims[0], keys)
+    scale = number(node, "scale", 0.0) or first.projection.dim**-0.5
+    after = _packed_present(trace, form)
+    used = (first, grouped(second, heads), grouped(third, heads))
+    return Fused(form, used, offset, keys, scale, number(node, "softcap", 0.0), tuple(form.aside.steps), after)
 
 
-def _packed(trace: Trace, node: ir.Node) -> FusedForm:
-    names = _named(node, 7)
-    heads = int(number(node, "num_heads", 0))
-    problems: list[Refusal] = []
-    if names[4] or names[6] or number(node, "do_rotary", 0):
-        problems.append(_problem("cache-in-operator", "the operator holds its cache", node))
-    tokens = trace.shape(names[0])[1]
-    padding = _padding(trace, node, names[3], problems)
-    causal = "end" if number(node, "unidirectional", 0) else ""
-    fill = number(node, "mask_filter_value", -10000.0)
-    context = _operand(trace, str(node.outputs[0].name), heads)
-    return FusedForm(None, context, (tokens, tokens), names[5], padding, fill, causal, problems=tuple(problems))
+def _packed_present(trace: Trace, form: FusedForm) -> tuple[Step, ...]:
+    """Keys and values as the one value (2, B, heads, T, D) that the operator gave away."""
+    if not form.packed_present:
+        return ()
+    aside = Aside(trace, blind=True)
+    halves = [aside.unsqueeze(present, 0) for _, present in form.caches]
+    aside.op("Concat", *halves, output=form.packed_present, axis=0)
+    return tuple(aside.steps)
+
+
+def _raised(trace: Trace, form: FusedForm, operands: tuple[Operand, Operand, Operand]) -> tuple[Raised, Raised, Raised]:
+    added = form.added or (None, None, None)
+    made = [_biased(trace, form, operand, part) for operand, part in zip(operands, added, strict=True)]
+    if form.turn is not None:
+        made[:2] = [turned(raised, form.turn) for raised in made[:2]]
+    first, second, third = (
+        _cached(trace, form, raised, cache) for raised, cache in zip(made, (None, *form.caches), strict=True)
+    )
+    if len({raised.batch for raised in (first, second, third)}) != 1:
+        raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in (first, second, third)]}")
+    return first, second, third
+
+
+def _biased(trace: Trace, form: FusedForm, operand: Operand, added_GD: Array | None) -> Raised:
+    """An operand with what the operator adds to it: in its weights, or else written out before the site."""
+    try:
+        raised = raise_operand(trace, operand)
+        if added_GD is None:
+            return raised
+        if not raised.projection.opaque:
+            return with_added(raised, added_GD)
+        why = raised.projection.opaque_why
+    except Refused as problem:
+        why = problem.refusal.why
+    value = _split(form.aside, operand)
+    if added_GD is not None:
+        value = form.aside.op("Add", value, form.aside.constant(added_GD[:, None].astype(np.float64)))
+    return opaque(trace, value, why)
+
+
+def _split(aside: Aside, operand: Operand) -> str:
+    """An operand as a value (B, heads, tokens, D)."""
+    name = operand.name
+    if operand.part is not None:
+        name = aside.op("Gather", name, aside.whole(operand.part[1]), axis=operand.part[0])
+    if operand.split:
+        name = aside.op("Reshape", name, aside.ints(0, 0, operand.split, -1))
+    if operand.heads is not None:
+        start, end = operand.heads
+        name = aside.op("Slice", name, aside.ints(start), aside.ints(end), aside.ints(2))
+    return name if operand.axes == (0, 1, 2, 3) else aside.op("Transpose", name, perm=list(operand.axes))
+
+
+def opaque(trace: Trace, name: str, why: str) -> Raised:
+    """A value (B, heads, tokens, D) as it is."""
+    batch, heads, _, dim = trace.shape(name)
+    projection = Projection(
+        head_of=tuple(range(heads)), opaque=name, opaque_heads=heads, opaque_dim=dim, opaque_why=why
+    )
+    return Raised(projection, 1.0, batch)
+
+
+def turned(raised: Raised, turn: Turn) -> Raised:
+    """An operand that the operator turns after its projection."""
+    projection = raised.projection
+    if projection.opaque or projection.rotary is not None:
+        raise Refused("rotary-in-operator", "the operator turns values that are no bare projections")
+    rotary = Rotary(turn.cos, turn.sin, turn.size, turn.interleaved, 1, ("heads", "double"))
+    return replace(raised, projection=replace(projection, rotary=rotary))
+
+
+def _cached(trace: Trace, form: FusedForm, raised: Raised, names: tuple[str, str] | None) -> Raised:
+    """An operand that the operator appends to a cache."""
+    past, present = names or ("", "")
+    if not past and not present:
+        return raised
+    projection = raised.projection
+    if projection.opaque:
+        if form.places:
+            raise Refused("cache-in-operator", "the operator caches values that are no projections")
+        joined = form.aside.op("Concat", *(name for name in (past, projection.opaque) if name), output=present, axis=2)
+        return replace(raised, projection=replace(projection, opaque=joined))
+    if raised.factor != 1.0:
+        raise Refused("cache-in-operator", "cached values are scaled after their projection")
+    return replace(raised, projection=replace(projection, past=past, present=present, places=form.places))
 
 
 def packed_projections(trace: Trace, node: ir.Node) -> tuple[Raised, Raised, Raised]:
     """Queries, keys and values of com.microsoft Attention, whose one weight holds all three."""
-    names = _named(node, 3)
+    names = [*inputs_of(node), ""][:3]
     if names[1] not in trace.fixed or (names[2] and names[2] not in trace.fixed):
         raise Refused("operand-form", "the packed weight is computed", (label(node),))
     heads, weight = int(number(node, "num_heads", 0)), trace.value(names[1])
@@ -242,36 +228,3 @@ def with_added(raised: Raised, added_GD: Array) -> Raised:
     dtype = projection.weight_CGD.dtype
     bias_GD = stored(before + added_GD / raised.factor, np.dtype(np.float32) if dtype == np.float64 else dtype)
     return replace(raised, projection=replace(projection, bias_GD=bias_GD))
-
-
-def with_cache(raised: Raised, names: tuple[str, str]) -> Raised:
-    """An operand that the operator appends to a cache."""
-    past, present = names
-    if not past and not present:
-        return raised
-    if raised.projection.opaque or not present:
-        raise Refused("cache-in-operator", "the operator holds a cache of values that are no projections")
-    if raised.factor != 1.0:
-        raise Refused("cache-in-operator", "cached values are scaled after their projection")
-    return replace(raised, projection=replace(raised.projection, past=past, present=present))
-
-
-def fused_bias(trace: Trace, form: FusedForm, keys: int) -> tuple[ScoreBias, Array | None]:
-    """The additive part of an attention operator, and its numbers for classification (None if it adds nothing)."""
-    queries, numbers = form.dims[0], np.zeros((1, 1, form.dims[0], keys))
-    bias = ScoreBias(also_causal=form.causal, padding=form.padding, padding_fill=form.padding_fill)
-    if form.mask:
-        value = trace.value(form.mask)
-        if value.shape[-1] != keys:
-            raise Refused("mask-shape", "the mask is shorter than the keys")
-        axis = value.shape[-3] if value.ndim > 2 else 1
-        boolean = value.dtype == np.bool_
-        bias = replace(bias, kind="bool" if boolean else "value", value=form.mask, heads_axis=axis)
-        numbers = numbers + (np.where(value, 0.0, -np.inf) if boolean else value)
-    if form.padding:
-        numbers = numbers + np.where(trace.value(form.padding) != 0, 0.0, form.padding_fill)[:, None, None]
-    if form.causal:
-        shift = keys - queries if form.causal == "end" else 0
-        numbers = numbers + np.where(np.tri(queries, keys, shift, dtype=bool), 0.0, -np.inf)
-    anything = form.mask or form.padding or form.causal
-    return bias, numbers if anything else None

@@ -39,6 +39,8 @@ def read_form(trace: Trace, node: ir.Node, position: int, weight: str) -> Form:
         return Form(names[0], weight, only_matrix(trace.value(weight)))
     if node.op_type == "MatMul" and len(trace.shape(names[1])) == 3:
         return Form(names[1], weight, only_matrix(trace.value(weight)).T, transposed=True, channels_first=True)
+    if node.op_type == "FusedMatMul":
+        return _fused(trace, node, position, weight)
     if node.op_type == "Conv":
         return _pointwise(trace, node, weight)
     if node.op_type == "Einsum":
@@ -78,6 +80,17 @@ def _gemm(trace: Trace, node: ir.Node, name: str) -> Form:
         raise Refused("linear-form", "Gemm with a bias per row")
     bias_N = np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
     return Form(names[0], name, weight, names[2], bias_N, transposed, alpha)
+
+
+def _fused(trace: Trace, node: ir.Node, position: int, name: str) -> Form:
+    """ONNX Runtime's product with a factor and transposed operands."""
+    flags = {flag: bool(attribute(node, flag, 0)) for flag in ("transA", "transB", "transBatchA", "transBatchB")}
+    if position or flags["transA"] or flags["transBatchA"] or flags["transBatchB"]:
+        raise Refused("linear-form", "FusedMatMul with its data transposed", (node.name or "",))
+    weight, alpha = only_matrix(trace.value(name)), attribute(node, "alpha", 1.0)
+    weight = weight.T if flags["transB"] else weight
+    weight = weight if alpha == 1.0 else weight * alpha
+    return Form(inputs_of(node)[0], name, weight, transposed=flags["transB"], alpha=alpha)
 
 
 def _pointwise(trace: Trace, node: ir.Node, name: str) -> Form:

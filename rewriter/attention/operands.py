@@ -58,13 +58,15 @@ class Operand:
 class Product:
     """A product of two activations: left (lead..., rows, inner) times right (lead..., inner, columns).
 
-    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` as (lead, rows, columns).
+    `left` is read as (lead, rows, inner), `right` as (lead, columns, inner); `result` as (lead, rows, columns), times
+    `factor`.
     """
 
     node: ir.Node
     left: Operand
     right: Operand
     result: Operand
+    factor: float = 1.0
 
 
 def matrix_product(trace: Trace, node: ir.Node) -> Product:
@@ -80,9 +82,20 @@ def matrix_product(trace: Trace, node: ir.Node) -> Product:
     pad = max(a, b)
     if a != b:
         raise Refused("product-form", f"operands of rank {a} and {b}")
-    straight, swapped = tuple(range(pad)), (*range(pad - 2), pad - 1, pad - 2)
-    product = Operand(result, straight, lead)
-    return Product(node, Operand(left, straight, lead), Operand(right, swapped, lead), product)
+    product = Operand(result, tuple(range(pad)), lead)
+    first, second = Operand(left, _order(node, "A", pad), lead), Operand(right, _order(node, "B", pad), lead)
+    factor = float(node.attributes["alpha"].value) if "alpha" in node.attributes else 1.0
+    return Product(node, first, second.swapped(), product, factor)
+
+
+def _order(node: ir.Node, side: str, rank: int) -> tuple[int, ...]:
+    """The axes of an operand as the product reads them: FusedMatMul may take rows first, and matrices transposed."""
+
+    def flag(name: str) -> bool:
+        return name in node.attributes and bool(node.attributes[name].value)
+
+    axes = (*range(1, rank - 1), 0, rank - 1) if flag(f"transBatch{side}") else tuple(range(rank))
+    return (*axes[:-2], axes[-1], axes[-2]) if flag(f"trans{side}") else axes
 
 
 def _einsum_product(trace: Trace, node: ir.Node) -> Product:

@@ -40,17 +40,21 @@ def quick_gelu(call: Call, x: Tensor) -> Tensor:
 def skip_layer_norm(
     call: Call, x: Tensor, skip: Tensor, gain: Tensor, beta: Tensor | None = None, bias: Tensor | None = None
 ) -> Result:
-    """Layer norm of a sum; the sum itself is the fourth output."""
+    """Layer norm of a sum; further outputs are its mean, one over its deviation, and the sum itself."""
     total = x + skip if bias is None else x + skip + bias
-    result = functional.layer_norm(total, total.shape[-1:], gain, beta, call.get("epsilon", 1e-12))
-    return result, None, None, total
+    epsilon = call.get("epsilon", 1e-12)
+    result = functional.layer_norm(total, total.shape[-1:], gain, beta, epsilon)
+    variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
+    return result, mean, (variance + epsilon).rsqrt(), total
 
 
 @operator("SkipSimplifiedLayerNormalization", domain=DOMAIN)
 def skip_rms_norm(call: Call, x: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None = None) -> Result:
-    """RMS norm of a sum; the sum itself is the fourth output."""
+    """RMS norm of a sum; further outputs are a mean nobody computes, one over the root, and the sum itself."""
     total = x + skip if bias is None else x + skip + bias
-    return rms(total, [-1], call.get("epsilon", 1e-12)) * gain, None, None, total
+    epsilon = call.get("epsilon", 1e-12)
+    root = (total.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return rms(total, [-1], epsilon) * gain, torch.zeros_like(root), root, total
 
 
 @operator("SimplifiedLayerNormalization", domain=DOMAIN)
@@ -63,9 +67,9 @@ def simplified_layer_norm(call: Call, x: Tensor, gain: Tensor) -> Tensor:
 
 @operator("FusedMatMul", domain=DOMAIN)
 def fused_matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
-    """``alpha * A B`` with optional transposes; `transBatch` moves the last batch axis behind the rows first."""
-    a = a.movedim(-2, 0) if call.get("transBatchA") else a
-    b = b.movedim(-2, 0) if call.get("transBatchB") else b
+    """``alpha * A B`` with optional transposes; with `transBatch` rows come first, before the batch axes."""
+    a = a.movedim(0, -2) if call.get("transBatchA") else a
+    b = b.movedim(0, -2) if call.get("transBatchB") else b
     a = a.transpose(-1, -2) if call.get("transA") else a
     b = b.transpose(-1, -2) if call.get("transB") else b
     return call.get("alpha", 1.0) * (a @ b)
