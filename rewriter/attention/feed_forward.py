@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -60,6 +60,7 @@ POINTWISE = frozenset(
     ]
 )
 LIMIT = 60
+BIASED = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,9 @@ def _plain(trace: Trace, ups: list[ir.Node], down: Linear) -> FeedForwardSite | 
         return None
     hidden = inputs_of(down.node)[0]
     up = _rows_linear(trace, ups[0])
+    fused = _with_bias_inside(trace, up, hidden, down)
+    if fused is not None:
+        return fused
     for start in reversed(_views(trace, up.result, hidden)):
         for end in _same_shape(trace, start, hidden):
             values = elementwise(trace, start, end)
@@ -129,6 +133,25 @@ def _plain(trace: Trace, ups: list[ir.Node], down: Linear) -> FeedForwardSite | 
             if activation == "identity" or not _private(trace, branch, (end,), hidden, down):
                 return None
             return _site(trace, branch, None, down, activation, end)
+    return None
+
+
+def _with_bias_inside(trace: Trace, up: Linear, hidden: str, down: Linear) -> FeedForwardSite | None:
+    """A block whose activation adds the bias itself (BiasGelu, FastGelu of com.microsoft)."""
+    for start in reversed(_views(trace, up.result, hidden)):
+        for node in trace.consumers[start]:
+            name = BIASED.get(node.op_type, "") if node.domain == "com.microsoft" else ""
+            names = inputs_of(node)
+            if not name or len(names) < 2 or names[0] != start or names[1] not in trace.fixed:
+                continue
+            end, branch = outputs_of(node)[0], _branch(trace, up, start, down)
+            if not _only_reshaped(trace, end, hidden) or not _private(trace, branch, (end,), hidden, down):
+                return None
+            bias_F = trace.value(names[1]) + (0.0 if branch.bias_F is None else branch.bias_F.astype(np.float64))
+            whole = replace(branch, bias_F=stored(bias_F, up.dtype))
+            site = _site(trace, whole, None, down, name, end)
+            # the graph's own node would add the bias once more
+            return None if site is None else replace(site, path_start="", path_end="")
     return None
 
 

@@ -28,7 +28,7 @@ VAST = 1e10  # numbers beyond swallow scores whole, in any order
 
 def exact(site: RaisedSite) -> RaisedSite:
     """The same site with the graph's own element-wise nodes: named functions equal theirs only to float32 constants."""
-    return replace(site, activation="path") if isinstance(site, FeedForwardSite) else site
+    return replace(site, activation="path") if isinstance(site, FeedForwardSite) and site.path_start else site
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor, limits: torch.Tensor | float = 1.0) -> float:

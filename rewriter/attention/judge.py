@@ -63,7 +63,7 @@ class Judge:
 
     def _truly_named(self, site: RaisedSite, kind: str) -> RaisedSite:
         """The site with the graph's own element-wise nodes where they are not the function they were named after."""
-        if not isinstance(site, FeedForwardSite) or site.activation == "path":
+        if not isinstance(site, FeedForwardSite) or site.activation == "path" or not site.path_start:
             return site
         if kind not in self._names_hold:
             self._names_hold[kind] = holds(self.first, site.activation, site.path_start, site.path_end)

@@ -74,6 +74,8 @@ class Values(dict[str, Tensor]):
                 continue
             needed[self.paths.index[id(node)]] = node
             stack += self.paths.reads[id(node)]
+        if not needed:
+            raise KeyError(name)
         self._run([node for _, node in sorted(needed.items())])
 
     def _run(self, nodes: Iterable[ir.Node]) -> None:
