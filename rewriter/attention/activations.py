@@ -52,3 +52,18 @@ def name_of(values: Array) -> str:
         if close(values, function(grid), CONSTANT_TOLERANCE):
             return name
     return "path"
+
+
+def holds(trace: Trace, name: str, source: str, target: str) -> bool:
+    """Whether a path is the function of that name, up to its constants, far from zero too: a clipped one is not."""
+    near = grid_like(trace.shape(source))
+    far = np.sign(near) * 10.0 ** (5 * np.abs(near) / 8)
+    results = trace.probe(source, target, [near, far])
+    if results is None or name not in KNOWN:
+        return False
+    for x, found in zip((near, far), results, strict=True):
+        expected = KNOWN[name](x)
+        within = np.abs(found - expected) <= CONSTANT_TOLERANCE * np.maximum(8.0, np.abs(expected))
+        if found.shape != expected.shape or not within.all():
+            return False
+    return True
