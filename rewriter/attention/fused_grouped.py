@@ -29,19 +29,24 @@ def read_grouped(trace: Trace, node: ir.Node) -> FusedForm:
     heads, groups = int(number(node, "num_heads", 0)), int(number(node, "kv_num_heads", 0))
     operands = _operands(trace, names, heads, groups)
     at, keys, places = _places(aside, names)
-    caches = (cache_of(node, names[3], 1), cache_of(node, names[4], 2))
-    caches = tuple((past, present or f"{node.outputs[0].name}/present_{i}") for i, (past, present) in enumerate(caches))
+    keys_at, values_at = (_cache(node, names[3 + i], i + 1) for i in (0, 1))
     return FusedForm(
         operands,
         operand_at(trace, str(node.outputs[0].name), heads),
         sizes_of(trace, operands),
         aside,
         _bias(trace, aside, node, names[10], at, keys),
-        (caches[0], caches[1]),
+        (keys_at, values_at),
         places=places,
         turn=_turn(trace, aside, node, names, at),
         problems=_problems(node, names),
     )
+
+
+def _cache(node: ir.Node, past: str, index: int) -> tuple[str, str]:
+    """(past, present): the places of new tokens are found by way of the cache even where nobody reads it."""
+    past, present = cache_of(node, past, index)
+    return past, present or f"{node.outputs[0].name}/present_{index}"
 
 
 def _problems(node: ir.Node, names: list[str]) -> list[Refusal]:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from rewriter.attention.control_flow import inside_control_flow
+from rewriter.attention.control_flow import Inlined, inlined
 from rewriter.attention.dequantise import dequantised, is_quantised
 from rewriter.attention.feed_forward import raise_feed_forward
 from rewriter.attention.feeds import usable_feeds
@@ -44,12 +44,50 @@ def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, s
     `feeds` is one example of the inputs; dynamic axes are cut to a few tokens. Without it, feeds are drawn from what
     the inputs are used for. A graph that takes neither gives no sites, and names its softmaxes as unrecognised.
     Raises `DataError` if an input is missing from `feeds`. Sites of quantised graphs are found and mapped on a copy
-    that computes in floats, and are not to be rewritten.
+    that computes in floats, and are not to be rewritten; neither are those inside control flow.
     """
     with _one_thread():
-        found = _recognise(dequantised(graph), feeds, seed) if is_quantised(graph) else _recognise(graph, feeds, seed)
-    found = replace(found, unrecognised=(*found.unrecognised, *inside_control_flow(graph)))
-    return _as_quantised(found) if is_quantised(graph) else found
+        found = _whole(graph, feeds, seed)
+        inside = [_inside(place, feeds, seed) for place in inlined(graph)]
+    return _joined(found, inside) if inside else found
+
+
+def _whole(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
+    if not is_quantised(graph):
+        return _recognise(graph, feeds, seed)
+    why = Refusal("quantised", "weights or activations here are quantised; rewrite the model before quantising it")
+    return _capped(_recognise(dequantised(graph), feeds, seed), why)
+
+
+def _inside(place: Inlined, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
+    """What a body of control flow holds, and the bodies inside it."""
+    why = Refusal("control-flow", "it lies in a subgraph of the model", (place.prefix.rstrip("/"),))
+    try:
+        found = _only_within(_whole(place.graph, None if place.from_inputs else feeds, seed), place)
+        deeper = inlined(place.graph, place.from_inputs, place.prefix)
+        inner = [_inside(replace(other, order=place.order), feeds, seed) for other in deeper]
+    except UserError as problem:
+        missed = Unrecognised(place.prefix.rstrip("/"), Refusal("control-flow", problem.what, why.nodes))
+        return Recognition((), (), (missed,))
+    return _joined(_capped(found, why), inner)
+
+
+def _only_within(found: Recognition, place: Inlined) -> Recognition:
+    def kept(sites: tuple[SiteKind, ...]) -> tuple[SiteKind, ...]:
+        own = [site for site in sites if all(name.startswith(place.prefix) for name in site.nodes[:1])]
+        return tuple(replace(site, id=f"{place.prefix}{site.id}", order=place.order) for site in own)
+
+    missed = tuple(entry for entry in found.unrecognised if entry.node.startswith(place.prefix))
+    return Recognition(kept(found.attention), kept(found.feed_forward), missed)
+
+
+def _joined(found: Recognition, others: list[Recognition]) -> Recognition:
+    everything = [found, *others]
+    return Recognition(
+        tuple(sorted((site for one in everything for site in one.attention), key=lambda site: site.order)),
+        tuple(sorted((site for one in everything for site in one.feed_forward), key=lambda site: site.order)),
+        tuple(entry for one in everything for entry in one.unrecognised),
+    )
 
 
 def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
@@ -70,9 +108,8 @@ def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: i
     return Recognition(attention, feed_forward, unrecognised)
 
 
-def _as_quantised(found: Recognition) -> Recognition:
-    """The same sites, which must not be rewritten: their weights are not what the model computes with."""
-    why = Refusal("quantised", "weights or activations here are quantised; rewrite the model before quantising it")
+def _capped(found: Recognition, why: Refusal) -> Recognition:
+    """The same sites, which must not be rewritten, for a reason."""
 
     def capped(site: SiteKind) -> SiteKind:
         state = State.MAPPED if site.state is State.LOWERABLE else site.state

@@ -47,7 +47,7 @@ def test_quantised_products_are_mapped_not_rewritten(tmp_path: Path, how: str) -
     assert (site.heads, site.qk_dim) == (4, 6)
 
 
-def test_attention_in_a_branch_is_named(tmp_path: Path) -> None:
+def test_attention_in_a_branch_is_mapped(tmp_path: Path) -> None:
     inner = onnx.load(saved(exported.block(), tmp_path)).graph
     taken = helper.make_graph(
         [*inner.node, helper.make_node("Identity", ["output"], ["taken"])], "then", [],
@@ -65,8 +65,9 @@ def test_attention_in_a_branch_is_named(tmp_path: Path) -> None:
     )
     onnx.save(model, tmp_path / "branches.onnx")
     found = recognise(load(tmp_path / "branches.onnx"))
-    assert not found.attention
-    assert [entry.refusal.code for entry in found.unrecognised] == ["inside-control-flow"]
+    (site,) = found.attention
+    assert (site.id, site.state) == ("result/then_branch/layers.0.attention", State.MAPPED)
+    assert [problem.code for problem in site.problems] == ["control-flow"]
 
 
 def test_half_precision_keeps_its_dtype(tmp_path: Path) -> None:
