@@ -18,7 +18,8 @@ class Operand:
     """A value and how to read it as (lead..., tokens, dim).
 
     With `split` > 0 the last axis of a (batch, tokens, split * dim) value is cut into that many heads. `axes` then
-    permutes, and `lead` is the shape the leading axes broadcast to inside the product.
+    permutes, `new` says where axes of length one come in after that, and `lead` is the shape the leading axes broadcast
+    to inside the product. With `heads_first` the one leading axis counts heads first, then that many batch items.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Operand:
     split: int = 0
     part: tuple[int, int] | None = None  # (axis, index) picked first: one of several operands packed in a value
     heads: tuple[int, int] | None = None  # the range of heads that belong to this operand, after `split`
+    new: tuple[int, ...] = ()
+    heads_first: int = 0
 
     def arrange(self, array: Array) -> Array:
         """An array of the value's shape as (lead..., tokens, dim), broadcast as the product would."""
@@ -36,8 +39,11 @@ class Operand:
             array = array.reshape(*array.shape[:-1], self.split, array.shape[-1] // self.split)
         if self.heads is not None:
             array = array[..., self.heads[0] : self.heads[1], :]
-        array = np.transpose(array, self.axes)
-        return np.broadcast_to(array, (*self.lead, *array.shape[-2:]))
+        array = np.expand_dims(np.transpose(array, self.axes), self.new)
+        array = np.broadcast_to(array, (*self.lead, *array.shape[-2:]))
+        if not self.heads_first:
+            return array
+        return array.reshape(-1, self.heads_first, *array.shape[-2:]).swapaxes(0, 1).reshape(array.shape)
 
     def swapped(self) -> Operand:
         """The same value with its last two axes read the other way round."""
@@ -46,12 +52,12 @@ class Operand:
     @property
     def transposed(self) -> bool:
         """Whether the value is a four-dimensional (batch, heads, dim, tokens)."""
-        return self.axes == (0, 1, 3, 2) and not self.split and self.part is None
+        return self.axes == (0, 1, 3, 2) and not self.split and self.part is None and not self.new
 
     @property
     def straight(self) -> bool:
         """Whether the value is a four-dimensional (batch, heads, tokens, dim)."""
-        return self.axes == (0, 1, 2, 3) and not self.split and self.part is None
+        return self.axes == (0, 1, 2, 3) and not self.split and self.part is None and not self.new
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,9 @@ def matrix_product(trace: Trace, node: ir.Node) -> Product:
         raise Refused("product-form", "a product with a vector")
     result = outputs_of(node)[0]
     lead = trace.shape(result)[:-2]
-    pad = max(a, b)
-    if a != b:
-        raise Refused("product-form", f"operands of rank {a} and {b}")
-    product = Operand(result, tuple(range(pad)), lead)
-    first, second = Operand(left, _order(node, "A", pad), lead), Operand(right, _order(node, "B", pad), lead)
+    product = Operand(result, tuple(range(max(a, b))), lead)
+    first = Operand(left, _order(node, "A", a), lead, new=tuple(range(b - a)))
+    second = Operand(right, _order(node, "B", b), lead, new=tuple(range(a - b)))
     factor = float(node.attributes["alpha"].value) if "alpha" in node.attributes else 1.0
     return Product(node, first, second.swapped(), product, factor)
 
@@ -99,26 +103,33 @@ def _order(node: ir.Node, side: str, rank: int) -> tuple[int, ...]:
 
 
 def _einsum_product(trace: Trace, node: ir.Node) -> Product:
+    """Axes that only one operand has are shared too, but for the last of each in the result: rows and columns."""
     equation = node.attributes["equation"].as_string().replace(" ", "")
     if "->" not in equation or "." in equation:
         raise Refused("product-form", f"einsum {equation}")
     terms, result = equation.split("->")
     left, right = terms.split(",")
-    shared = [c for c in result if c in left and c in right]
-    rows = [c for c in result if c in left and c not in right]
-    columns = [c for c in result if c in right and c not in left]
+    rows = [c for c in result if c in left and c not in right][-1:]
+    columns = [c for c in result if c in right and c not in left][-1:]
+    shared = [c for c in result if c not in (*rows, *columns)]
     inner = [c for c in left if c in right and c not in result]
     plain = all(len(set(term)) == len(term) for term in (left, right, result))
-    if not plain or any(len(part) != 1 for part in (rows, columns, inner)):
+    kept = {*shared, *rows, *columns, *inner} == {*left, *right}
+    if not plain or not kept or any(len(part) != 1 for part in (rows, columns, inner)):
         raise Refused("product-form", f"einsum {equation}")
     names, shapes = inputs_of(node), [trace.shape(name) for name in inputs_of(node)]
     sizes = dict(zip(left + right, (*shapes[0], *shapes[1]), strict=True))
     lead = tuple(sizes[c] for c in shared)
+
+    def operand(name: str, term: str, last: list[str]) -> Operand:
+        axes = tuple(term.index(c) for c in [*shared, *last] if c in term)
+        return Operand(name, axes, lead, new=tuple(i for i, c in enumerate(shared) if c not in term))
+
     return Product(
         node,
-        Operand(names[0], tuple(left.index(c) for c in [*shared, *rows, *inner]), lead),
-        Operand(names[1], tuple(right.index(c) for c in [*shared, *columns, *inner]), lead),
-        Operand(outputs_of(node)[0], tuple(result.index(c) for c in [*shared, *rows, *columns]), lead),
+        operand(names[0], left, [*rows, *inner]),
+        operand(names[1], right, [*columns, *inner]),
+        operand(outputs_of(node)[0], result, [*rows, *columns]),
     )
 
 
