@@ -1,4 +1,4 @@
-"""Builders for families nobody tuned the recogniser on: classes by name, so that nothing is imported before it is built.
+"""Builders for families nobody tuned the recogniser on; classes by name, so nothing is imported before it is built.
 
 Weights are drawn anew as in the table of targets: what a fresh model computes can be so small that any check passes.
 """

@@ -1,4 +1,4 @@
-"""Decoders nobody tuned on: sinks, latent caches, rotations of other kinds, experts, state spaces mixed with attention."""
+"""Decoders nobody tuned on: sinks, latent caches, other rotations, experts, state spaces mixed with attention."""
 
 from __future__ import annotations
 
