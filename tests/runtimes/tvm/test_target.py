@@ -84,7 +84,7 @@ def test_a_gpu_is_described() -> None:
 
 def test_a_processor_with_more_than_this_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "_flags", lambda: frozenset({"avx2", "fma"}))
-    with pytest.raises(OptionError, match="avx512f.*this processor lacks"):
+    with pytest.raises(OptionError, match=r"avx512f.*this processor lacks"):
         detect("llvm -mcpu=x86-64-v4")
 
 
