@@ -14,7 +14,7 @@ from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
 from rewriter.core.rewrite import Pass, attention_input, attention_refusal, out_of_range
 from rewriter.core.site import Array, AttentionSite, Projection, Site
-from rewriter.core.statistics import Array64, AttentionStatistics, Statistics
+from rewriter.core.statistics import Array64, AttentionStatistics, Detail, Statistics
 from rewriter.core.target import Target
 
 _RIDGE = 1e-6  # only makes the factorisation succeed; it cancels at full rank
@@ -54,6 +54,7 @@ class LowRankQK(Pass):
     name: ClassVar[str] = "low_rank_qk"
     kind: ClassVar[Literal["exact", "calibrated"]] = "calibrated"
     order: ClassVar[int] = 20
+    requires: ClassVar[frozenset[Detail]] = frozenset({"heads", "products"})
 
     _bases: ClassVar[IdentityMemo[_Bases]] = IdentityMemo()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriter.assembly.pricing import price_options
 from rewriter.assembly.residual import residual_of
-from rewriter.assembly.rewriting import Passes, Rewritten, apply_exact, calibrated_options
+from rewriter.assembly.rewriting import Passes, Rewritten, apply_exact, calibrated_options, required
 from rewriter.assembly.solve import Fit, fit
 from rewriter.attention.lower import fragment, lower
 from rewriter.calibration.statistics import RegressionAccumulator, StreamRegression
@@ -33,8 +33,9 @@ from rewriter.calibration.walk import (
 )
 from rewriter.core.errors import DataError
 from rewriter.core.option import Option, Plan
-from rewriter.core.rewrite import output_weights, with_output_weights
+from rewriter.core.rewrite import describes, output_weights, with_output_weights
 from rewriter.core.site import Site, State
+from rewriter.core.statistics import Detail
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Stepper
 
@@ -119,11 +120,11 @@ class _Walk:
         site = self.sites[index]
         if options or (self.student is not None and resolve == "all"):
             calibrate, select = (
-                self._measure(index, batches, bool(options)) for batches in (self.calibrate, self.select)
+                self._measure(index, batches, required(options, passes)) for batches in (self.calibrate, self.select)
             )
             rewritten = Rewritten(site, calibrate.at(1.0))
             for option in options:
-                rewritten = rewritten.then(option, passes)
+                rewritten = self._fresh(index, rewritten, option, passes).then(option, passes)
             fitted = self._fit(index, rewritten, calibrate.regression, select.regression)
             self.fits[site.id] = fitted
             if options or not fitted.kept:
@@ -142,14 +143,25 @@ class _Walk:
                 stepper.advance([output_name(site)], batch)
                 stepper.prune(future, batch)
 
-    def _measure(self, index: int, batches: list[int], heads: bool) -> SiteStatistics:
+    def _fresh(self, index: int, rewritten: Rewritten, option: Option, passes: Passes) -> Rewritten:
+        """With statistics of the site as rewritten so far, where those at hand are of other sizes."""
+        wanted = required([option], passes)
+        if describes(rewritten.statistics, rewritten.site, wanted):
+            return rewritten
+        facts = self._measure(index, self.calibrate, wanted, rewritten.site)
+        return Rewritten(rewritten.site, facts.at(1.0), measured=False)
+
+    def _measure(
+        self, index: int, batches: list[int], wanted: frozenset[Detail], rewritten: Site | None = None
+    ) -> SiteStatistics:
         """Statistics of the site as it stands on the student's stream, against the teacher's output."""
         source = self.student or self.teacher
-        site = self.sites[index]
+        site = rewritten or self.sites[index]
         targets: Iterator[tuple[Tensor | None, Tensor | None]] = self._targets(index, batches)
         if self.student is None:
             targets = ((None, None) for _ in targets)
-        return statistics_of(site, self.lowered, source, self.tokens, batches, targets, heads)
+        graph = None if rewritten is None else self.graph
+        return statistics_of(site, self.lowered, source, self.tokens, batches, targets, wanted, graph)
 
     def _targets(self, index: int, batches: list[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
         site, residual = self.sites[index], self.residuals[index]

@@ -17,11 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from rewriter.core.errors import DataError, OutputError
 from rewriter.core.option import Plan
-from rewriter.core.site import Site
+from rewriter.core.site import AttentionSite, LinearSite, Site
 from rewriter.graph.onnx import OnnxGraph
 
 FORMAT = 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
+_LINEAR = "linear"
 
 
 def save_plan(folder: Path, graph: OnnxGraph, plan: Plan, before: Iterable[Site], after: Iterable[Site]) -> Path:
@@ -34,13 +35,15 @@ def save_plan(folder: Path, graph: OnnxGraph, plan: Plan, before: Iterable[Site]
     tensors: dict[str, np.ndarray] = {}
     sites: dict[str, dict[str, Any]] = {}
     for site in after:
-        changes = dict(_changes(originals[site.id], site))
+        before_it, site = _comparable(originals[site.id], site)
+        changes = dict(_changes(before_it, site))
         arrays = {path: value for path, value in changes.items() if isinstance(value, np.ndarray)}
         tensors |= {f"{site.id}:{path}": _storable(array) for path, array in arrays.items()}
         plain = {path: value for path, value in changes.items() if path not in arrays}
         dtypes = {path: str(array.dtype) for path, array in arrays.items()}
         if changes:
-            sites[site.id] = {"fields": plain, "arrays": dtypes}
+            kind = {"kind": _LINEAR} if isinstance(site, LinearSite) else {}
+            sites[site.id] = {"fields": plain, "arrays": dtypes, **kind}
     text = {"format": FORMAT, "model": graph.fingerprint(), "plan": [str(o) for o in plan.options], "sites": sites}
     try:
         save_file(tensors, folder / f"{_TENSORS}.part")
@@ -83,8 +86,21 @@ def restore(graph: OnnxGraph, sites: Iterable[Site], path: Path) -> tuple[Plan, 
             if f"{name}:{field}" not in tensors:
                 raise DataError(f"{file.with_name(_TENSORS)} lacks {name}:{field}", "Copy both files of the plan")
             changes[field] = _original(tensors[f"{name}:{field}"], dtype)
-        found[name] = _changed(known[name], changes, file)
+        start = _linear_start(known[name]) if entry.get("kind") == _LINEAR else known[name]
+        found[name] = _changed(start, changes, file)
     return _plan_of(text, file), found
+
+
+def _comparable(before: Site, after: Site) -> tuple[Site, Site]:
+    """Two sites of one kind: what an attention was replaced by is told against its values and output."""
+    if isinstance(after, LinearSite) and isinstance(before, AttentionSite):
+        return _linear_start(before), dataclasses.replace(after, replaces=before)
+    return before, after
+
+
+def _linear_start(site: Site) -> LinearSite:
+    assert isinstance(site, AttentionSite) and site.output is not None
+    return LinearSite(site.id, site.value, site.output, site)
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,9 +128,13 @@ def _changed(site: Any, changes: Mapping[str, Any], file: Path) -> Any:
         if rest:
             deeper.setdefault(name, {})[rest] = value
         else:
-            here[name] = tuple(value) if isinstance(value, list) else value
+            here[name] = _tuples(value)
     parts = {name: _changed(getattr(site, name), inner, file) for name, inner in deeper.items()}
     return dataclasses.replace(site, **here, **parts)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _storable(array: np.ndarray) -> np.ndarray:

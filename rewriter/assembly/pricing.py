@@ -6,12 +6,13 @@ others are run on a probe of the tokens. Combinations that begin alike share the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from rewriter.assembly.rewriting import Passes, Rewritten
+from rewriter.assembly.rewriting import Passes, Rewritten, required
 from rewriter.attention.lower import fragment, lower
 from rewriter.calibration.statistics import RegressionAccumulator
 from rewriter.calibration.walk import (
@@ -24,7 +25,7 @@ from rewriter.calibration.walk import (
     statistics_of,
 )
 from rewriter.core.option import Option
-from rewriter.core.rewrite import output_weights, resolve_output
+from rewriter.core.rewrite import describes, output_weights, resolve_output
 from rewriter.core.site import Site, State
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Stepper
@@ -76,7 +77,8 @@ class _Pricer:
         """The share lost by every combination at one site."""
         batches = list(range(self.stepper.batches))
         unchanged = ((None, None) for _ in batches)
-        facts = statistics_of(site, self.lowered, self.stepper, self.tokens, batches, unchanged)
+        wanted = required(itertools.chain.from_iterable(combinations), self.passes)
+        facts = statistics_of(site, self.lowered, self.stepper, self.tokens, batches, unchanged, wanted)
         states: dict[Options, Rewritten] = {(): Rewritten(site, facts.at(0.0))}
         found: dict[Options, float] = {}
         for options in combinations:
@@ -98,12 +100,24 @@ class _Pricer:
     def _reach(self, options: Options, states: dict[Options, Rewritten]) -> Rewritten:
         if options in states:
             return states[options]
-        before = self._reach(options[:-1], states)
+        before = self._fresh(self._reach(options[:-1], states), options[-1])
         state = before.then(options[-1], self.passes)
         if not state.measured:
             state = self._probed(state)
         states[options] = state
         return state
+
+    def _fresh(self, state: Rewritten, option: Option) -> Rewritten:
+        """With statistics of the site as rewritten so far, where those at hand are of other sizes."""
+        wanted = required([option], self.passes)
+        if describes(state.statistics, state.site, wanted):
+            return state
+        batches = list(range(self.stepper.batches))
+        targets = ((self.stepper.value(output_name(state.site), batch), None) for batch in batches)
+        facts = statistics_of(
+            state.site, self.lowered, self.stepper, self.tokens, batches, targets, wanted, self.graph
+        )  # fmt: skip
+        return Rewritten(state.site, facts.at(0.0), measured=False)
 
     def _probed(self, state: Rewritten) -> Rewritten:
         """The same site with features as they are when it is run, and its output fitted to them."""

@@ -12,7 +12,7 @@ from rewriter.core.errors import OptionError
 from rewriter.core.option import Option, Plan
 from rewriter.core.rewrite import Pass
 from rewriter.core.site import AttentionSite, Site
-from rewriter.core.statistics import AttentionStatistics, Statistics
+from rewriter.core.statistics import AttentionStatistics, Detail, Statistics
 
 Passes = Mapping[str, Pass]
 
@@ -38,7 +38,8 @@ class Rewritten:
         if mapping is None:
             return replace(self, site=after, measured=False)
         statistics = self.statistics.with_regression(self.statistics.regression.map(mapping))
-        if isinstance(self.site, AttentionSite) and isinstance(statistics, AttentionStatistics) and mapping.ndim == 1:
+        cut = isinstance(after, AttentionSite) and mapping.ndim == 1
+        if cut and isinstance(self.site, AttentionSite) and isinstance(statistics, AttentionStatistics):
             heads = [int(column) // self.site.v_dim for column in mapping[:: self.site.v_dim]]
             key_heads = sorted({self.site.key.head_of[head] for head in heads})
             statistics = statistics.keep_heads(heads, key_heads)
@@ -50,6 +51,11 @@ def pass_of(option: Option, passes: Passes) -> Pass:
     if option.name not in passes:
         raise OptionError(f"there is no pass named {option.name!r}", f"Known passes: {', '.join(passes)}")
     return passes[option.name]
+
+
+def required(options: Iterable[Option], passes: Passes) -> frozenset[Detail]:
+    """The statistics that the passes of these options read."""
+    return frozenset[Detail]().union(*(pass_of(option, passes).requires for option in options))
 
 
 def calibrated_options(options: Iterable[Option], passes: Passes) -> tuple[Option, ...]:

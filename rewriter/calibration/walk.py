@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from rewriter.attention.lower import fragment
+from rewriter.calibration.details import Details, Inner
 from rewriter.calibration.statistics import (
-    HeadGramAccumulator,
     RegressionAccumulator,
     StreamRegression,
-    centred,
     valid_keys,
 )
 from rewriter.core.rewrite import output_weights
 from rewriter.core.site import AttentionSite, FeedForwardSite, Site
-from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
+from rewriter.core.statistics import Array64, AttentionStatistics, Detail, FeedForwardStatistics, Statistics
 from rewriter.graph.composites import is_composite
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.graph.stepper import Stepper
@@ -31,25 +31,42 @@ class Ports:
 
     query: str
     key: str
+    value: str
     bias: str
     query_heads: int
     key_heads: int
+    value_heads: int
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Ports:
+        """Of an `Attention` composite."""
+        names = [_name(value) for value in node.inputs]
+        heads = [node.attributes[f"{role}_heads"].as_int() for role in ("query", "key", "value")]
+        query, key, value, bias = (*names, "")[:4]
+        return cls(query, key, value, bias, heads[0], heads[1], heads[2])
+
+    @property
+    def names(self) -> set[str]:
+        """The values that there are."""
+        return {self.query, self.key, self.value, *([self.bias] if self.bias else [])}
 
 
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """Everything known of one site on one stream; `queries` and `keys` are None for feed-forwards."""
+    """Everything known of one site on one stream; `details` are fields of `AttentionStatistics`."""
 
     regression: StreamRegression
-    query_HDD: Array64 | None = None
-    key_GDD: Array64 | None = None
+    attention: bool = False
+    details: dict[str, Array64] = field(default_factory=dict)
+    source: StreamRegression | None = None
 
     def at(self, alpha: float) -> Statistics:
         """What a pass is given, with the target ``output + alpha * residual``."""
         regression = self.regression.target(alpha)
-        if self.query_HDD is None or self.key_GDD is None:
+        if not self.attention:
             return FeedForwardStatistics(regression)
-        return AttentionStatistics(self.query_HDD, self.key_GDD, regression)
+        source = None if self.source is None else self.source.target(alpha)
+        return AttentionStatistics(features=regression, source=source, **self.details)
 
 
 def feature_name(site: Site) -> str:
@@ -69,23 +86,40 @@ def ports(lowered: OnnxGraph, site: AttentionSite) -> Ports:
     """The inputs of the site's `Attention` composite."""
     node = lowered.value(feature_name(site)).producer()
     assert node is not None and is_composite(node, "Attention")
-    names = [_name(value) for value in node.inputs]
-    return Ports(
-        names[0],
-        names[1],
-        names[3] if len(names) > 3 else "",
-        node.attributes["query_heads"].as_int(),
-        node.attributes["key_heads"].as_int(),
-    )
+    return Ports.of(node)
 
 
 def inner_names(lowered: OnnxGraph, site: Site) -> set[str]:
     """Everything a walk asks of a site: its output and features, an attention's queries, keys and bias."""
     names = {output_name(site), feature_name(site)}
     if isinstance(site, AttentionSite):
-        own = ports(lowered, site)
-        names |= {own.query, own.key, *([own.bias] if own.bias else [])}
+        names |= ports(lowered, site).names
+        names |= {site.query.source} if site.query.source else set()
     return names
+
+
+class Values:
+    """The inner values of a site, as the walked graph has them or, once it was rewritten, from its own nodes."""
+
+    def __init__(self, site: Site, lowered: OnnxGraph, stepper: Stepper, rewritten_in: OnnxGraph | None = None) -> None:
+        self._stepper = stepper
+        self._made = None if rewritten_in is None else fragment(rewritten_in, site)
+        self._batch, self._found = -1, dict[str, Tensor]()
+        self._wanted = {feature_name(site)}
+        self.ports: Ports | None = None
+        if isinstance(site, AttentionSite):
+            nodes = () if self._made is None else self._made.nodes
+            own = next((node for node in nodes if is_composite(node, "Attention")), None)
+            self.ports = ports(lowered, site) if own is None else Ports.of(own)
+            self._wanted |= self.ports.names
+
+    def __call__(self, name: str, batch: int) -> Tensor:
+        """A value on a batch."""
+        if self._made is None or name not in self._wanted:
+            return self._stepper.value(name, batch)
+        if self._batch != batch:
+            self._batch, self._found = batch, self._stepper.run_fragment(self._made, batch, self._wanted)
+        return self._found[name]
 
 
 class Tokens:
@@ -140,31 +174,71 @@ def statistics_of(
     tokens: Tokens,
     batches: list[int],
     targets: Iterator[tuple[Tensor | None, Tensor | None]],
-    heads: bool = True,
+    wanted: Collection[Detail] = frozenset(),
+    rewritten_in: OnnxGraph | None = None,
 ) -> SiteStatistics:
-    """Statistics of the site as it stands in `stepper`'s graph.
+    """Statistics of the site as it stands in `stepper`'s graph, or as rewritten on top of the graph `rewritten_in`.
 
     `targets` gives per batch what the output should be (None: what it is) and the drift of the residual (or None), in
-    the layout of the site's output value. Without `heads` the Grams of queries and keys are left out (they are costly,
-    to no purpose where no pass asks for them).
+    the layout of the site's output value. `wanted` are the details of an attention to collect.
     """
+    values = Values(site, lowered, stepper, rewritten_in)
     regression = RegressionAccumulator(output_weights(site))
-    queries, keys = HeadGramAccumulator(), HeadGramAccumulator()
+    source = (
+        RegressionAccumulator(_no_weights(site)) if "source" in wanted and isinstance(site, AttentionSite) else None
+    )
+    details = Details(site, wanted) if isinstance(site, AttentionSite) else None
     for batch, (output, drift) in zip(batches, targets, strict=True):
-        valid_BT = learn_tokens(site, lowered, stepper, batch, tokens)
-        features = stepper.value(feature_name(site), batch)
-        picked = tokens.of(batch, tuple(features.shape[:-1]))
+        valid_BT = learn_tokens(site, lowered, stepper, batch, tokens) if rewritten_in is None else None
+        features = values(feature_name(site), batch)
+        lead = tuple(features.shape[:-1])
+        picked = tokens.of(batch, lead)
         rows, target, residual = rows_of(site, features, output, drift)
-        regression.add(rows[picked], *(None if part is None else part[picked] for part in (target, residual)))
-        if heads and isinstance(site, AttentionSite) and valid_BT is not None:
-            own = ports(lowered, site)
-            query = _split(stepper.value(own.query, batch), own.query_heads)[:, :, list(site.query.head_of)]
-            key = _split(stepper.value(own.key, batch), own.key_heads)
-            queries.add(query.reshape(-1, *query.shape[2:])[picked])
-            keys.add(centred(key, valid_BT)[valid_BT])
-    if not heads or not isinstance(site, AttentionSite):
-        return SiteStatistics(regression.result())
-    return SiteStatistics(regression.result(), queries.result(), keys.result())
+        parts = [None if part is None else part[picked] for part in (target, residual)]
+        regression.add(rows[picked], *parts)
+        if not isinstance(site, AttentionSite) or details is None:
+            continue
+        if source is not None:
+            made = rows @ torch.from_numpy(output_weights(site)).to(rows.dtype)[:-1] if target is None else None
+            read = source_rows(site, stepper.value(site.query.source, batch))[picked]
+            source.add(read, parts[0] if made is None else _with_bias(site, made)[picked], parts[1])
+        if wanted and values.ports is not None:
+            details.add(_inner(site, values, batch, picked.reshape(lead), valid_BT))
+    found = {} if details is None else details.fields()
+    return SiteStatistics(regression.result(), details is not None, found, None if source is None else source.result())
+
+
+def _inner(site: AttentionSite, values: Values, batch: int, queries_BS: Tensor, valid_BT: Tensor | None) -> Inner:
+    own = values.ports
+    assert own is not None
+    query, key, value = (
+        _split(values(name, batch), heads)
+        for name, heads in ((own.query, own.query_heads), (own.key, own.key_heads), (own.value, own.value_heads))
+    )
+    bias = values(own.bias, batch) if own.bias else None
+    if valid_BT is None:
+        valid_BT = valid_keys(bias, key.shape[0], key.shape[1])
+    return Inner(query[:, :, list(site.query.head_of)], key, value, bias, queries_BS, valid_BT)
+
+
+def _no_weights(site: AttentionSite) -> Array64:
+    """Zeros for a regression of the block's input onto its output."""
+    assert site.output is not None and site.query.weight_CGD is not None
+    return np.zeros((site.query.weight_CGD.shape[0] + 1, site.output.weight_HDC.shape[2]))
+
+
+def _with_bias(site: AttentionSite, made: Tensor) -> Tensor:
+    return made + torch.from_numpy(output_weights(site)[-1]).to(made.dtype)
+
+
+def source_rows(site: AttentionSite, source: Tensor) -> Tensor:
+    """What the queries' projection reads, (N, C), tokens in the order of `rows_of`."""
+    operand = site.query
+    if operand.time_first:
+        source = source.transpose(0, 1)
+    if operand.channels_first:
+        source = source.flatten(2).transpose(1, 2)
+    return source.reshape(-1, source.shape[-1])
 
 
 def rows_of(

@@ -7,7 +7,7 @@ unchanged, options print and parse, refusals have reasons (tests/passes/contract
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -18,7 +18,7 @@ from rewriter.core.linalg import ridge_towards
 from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
 from rewriter.core.site import Array, AttentionSite, FeedForwardSite, LinearSite, Site, State
-from rewriter.core.statistics import Array64, AttentionStatistics, FeedForwardStatistics, Statistics
+from rewriter.core.statistics import Array64, AttentionStatistics, Detail, FeedForwardStatistics, Statistics
 from rewriter.core.target import Target
 
 RIDGE = 1e-3  # towards the current weights, in every re-solve a pass does by itself; assembly chooses its own anew
@@ -29,12 +29,15 @@ class Pass(ABC):
 
     `kind` is ``exact`` (same function in exact arithmetic, needs no data) or ``calibrated`` (needs statistics, its
     output projection is solved anew by `rewriter.assembly`). `order` sorts passes that meet at one site: exact
-    ones below 10, cuts of whole heads before ranks.
+    ones below 10, cuts of whole heads before ranks. `requires` names the statistics that `apply` reads besides the
+    regression of the output projection. A pass that does not combine is tried at a site without other cuts.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["exact", "calibrated"]]
     order: ClassVar[int] = 50
+    requires: ClassVar[frozenset[Detail]] = frozenset()
+    combines: ClassVar[bool] = True
 
     @abstractmethod
     def refuse(self, site: Site) -> Refusal | None:
@@ -61,6 +64,17 @@ class Pass(ABC):
         `Regression.map` then gives the rewritten site's regression without a forward pass. None: no such map.
         """
         return None
+
+
+def describes(statistics: Statistics, site: Site, wanted: Collection[Detail]) -> bool:
+    """Whether statistics are about a site of these sizes: after some rewrites they must be taken anew."""
+    if statistics.regression.gram.shape[0] != output_weights(site).shape[0]:
+        return False
+    if not isinstance(site, AttentionSite) or not isinstance(statistics, AttentionStatistics) or "heads" not in wanted:
+        return True
+    dim = site.qk_dim
+    sizes = statistics.query_HDD.shape == (site.heads, dim, dim) and statistics.key_GDD.shape[0] == site.key.heads
+    return sizes and ("mixed" not in wanted or statistics.mixed_HKK is not None)
 
 
 def attention_refusal(site: Site) -> Refusal | None:
@@ -137,6 +151,8 @@ def output_weights(site: Site) -> Array64:
 
 def with_output_weights(site: Site, weights: Array64) -> Site:
     """The inverse of `output_weights`, in the dtype the site already has."""
+    if isinstance(site, LinearSite) and not site.features and site.output.bias_C is None:
+        return site  # nothing at all was asked for
     if isinstance(site, FeedForwardSite):
         dtype = site.down_FC.dtype
         return replace(site, down_FC=weights[:-1].astype(dtype), down_bias_C=weights[-1].astype(dtype))

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array64 = NDArray[np.float64]
+
+# What a pass may ask for beyond the regression of the output projection (`Pass.requires`).
+Detail = Literal["heads", "source", "products", "joint_keys", "mixed", "distance", "ranges"]
+SINKS = 4  # the first keys, whose share of the attention is not counted by distance (Xiao et al. 2024)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +82,22 @@ class AttentionStatistics:
 
     `query_HDD` and `key_GDD` are per-head Grams of queries and of keys minus the mean over the valid keys of their own
     sequence (softmax does not see row shifts); `features` regresses the concatenated head results (H*D columns, head
-    major) onto the block's output.
+    major) onto the block's output. The rest is there if a pass asked for it:
+
+    `source` regresses the block's input onto its output. `products_HDD` sums, over sequences, a head's Gram of queries
+    times that of its centred keys, entry by entry. `joint_key` is the Gram of the centred keys of all heads side by
+    side, (G*D, G*D). `mixed_HKK` is for every query head the Gram of what its probabilities make of the values of all
+    value heads, (K = G*D). `distance_HT` is the mean share of the attention by distance in tokens, sinks left out.
     """
 
     query_HDD: Array64
     key_GDD: Array64
     features: Regression
+    source: Regression | None = None
+    products_HDD: Array64 | None = None
+    joint_key: Array64 | None = None
+    mixed_HKK: Array64 | None = None
+    distance_HT: Array64 | None = None
 
     @property
     def regression(self) -> Regression:
@@ -92,7 +106,17 @@ class AttentionStatistics:
 
     def keep_heads(self, heads: Sequence[int], key_heads: Sequence[int]) -> AttentionStatistics:
         """Only these query heads, and only these heads of the keys; the features stay."""
-        return AttentionStatistics(self.query_HDD[list(heads)], self.key_GDD[list(key_heads)], self.features)
+        own, dim = list(heads), self.key_GDD.shape[-1]
+        columns = [group * dim + column for group in key_heads for column in range(dim)]
+        return replace(
+            self,
+            query_HDD=self.query_HDD[own],
+            key_GDD=self.key_GDD[list(key_heads)],
+            products_HDD=None if self.products_HDD is None else self.products_HDD[own],
+            joint_key=None if self.joint_key is None else self.joint_key[np.ix_(columns, columns)],
+            mixed_HKK=None,
+            distance_HT=None if self.distance_HT is None else self.distance_HT[own],
+        )
 
     def with_regression(self, regression: Regression) -> AttentionStatistics:
         """The same Grams of queries and keys, other features."""

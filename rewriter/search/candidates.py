@@ -28,10 +28,12 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
     """
     calibrated = [one for one in selection.passes.values() if one.kind == "calibrated"]
     offered = {one.name: levels for one in calibrated if (levels := selection.options(one, site, target))}
-    cuts = [levels for name, levels in offered.items() if name != PRECISION]
+    alone = [levels for name, levels in offered.items() if not selection.passes[name].combines]
+    cuts = [levels for name, levels in offered.items() if name != PRECISION and selection.passes[name].combines]
     count = (_LEVELS_ALONE if len(cuts) < 2 else _LEVELS_TOGETHER)[effort]
     ladders = [((), *((option,) for option in thin(levels, count))) for levels in cuts]
     combined = [tuple(itertools.chain.from_iterable(picked)) for picked in itertools.product(*ladders)]
+    combined += [(option,) for levels in alone for option in thin(levels, _LEVELS_ALONE[effort])]
     formats = offered.get(PRECISION, ())
     if not formats:
         return tuple(combined)

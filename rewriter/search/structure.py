@@ -29,9 +29,22 @@ def blank_statistics(site: Site) -> Statistics:
     regression = Regression(gram, cross, float(np.sum(weights * cross)), tokens)
     if not isinstance(site, AttentionSite):
         return FeedForwardStatistics(regression)
-    eye = tokens * np.eye(site.qk_dim)
+    eye, values = tokens * np.eye(site.qk_dim), tokens * np.eye(site.value.heads * site.v_dim)
+    queries = np.broadcast_to(eye, (site.heads, *eye.shape))
     return AttentionStatistics(
-        np.broadcast_to(eye, (site.heads, *eye.shape)).copy(),
+        queries.copy(),
         np.broadcast_to(eye, (site.key.heads, *eye.shape)).copy(),
         regression,
+        source=None if site.query.weight_CGD is None else _blank_source(site, tokens),
+        products_HDD=queries * tokens,
+        joint_key=tokens * np.eye(site.key.heads * site.qk_dim),
+        mixed_HKK=np.broadcast_to(values, (site.heads, *values.shape)),
+        distance_HT=np.zeros((site.heads, 1)),
     )
+
+
+def _blank_source(site: AttentionSite, tokens: int) -> Regression:
+    assert site.query.weight_CGD is not None and site.output is not None
+    columns, width = site.query.weight_CGD.shape[0] + 1, site.output.weight_HDC.shape[2]
+    made = tokens * np.eye(columns, width)
+    return Regression(tokens * np.eye(columns), made, float(made.sum()), tokens)

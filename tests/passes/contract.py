@@ -19,7 +19,7 @@ from rewriter.core.option import Option
 from rewriter.core.passes_registry import discover
 from rewriter.core.refusal import Refusal
 from rewriter.core.rewrite import Pass, output_weights
-from rewriter.core.site import AttentionSite, FeedForwardSite, Site, State
+from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Site, State
 from rewriter.core.statistics import Statistics
 from rewriter.core.target import Target
 from tests.passes.reference import (
@@ -180,8 +180,12 @@ class CalibratedContract(Contract):
         case = self.cases()[0]
         key = self.full(case).parameters[0][0]
         for level in (0, 10_000):
-            with pytest.raises(OptionError):
-                self.subject.apply(case.site, Option.of(self.name, case.site.id, **{key: level}), self.facts(case))
+            self.assert_rejected(case, Option.of(self.name, case.site.id, **{key: level}))
+
+    def assert_rejected(self, case: Case, option: Option) -> None:
+        """An option that does not fit is the user's mistake, told as such."""
+        with pytest.raises(OptionError):
+            self.subject.apply(case.site, option, self.facts(case))
 
     def test_feature_map_is_the_truth(self) -> None:
         for case in self.cases():
@@ -226,6 +230,10 @@ def assert_legal(site: Site, case: Case) -> None:
         assert site.up_CF.dtype == case.site.up_CF.dtype
         return
     assert isinstance(case.site, AttentionSite) and site.output is not None and case.site.output is not None
+    if isinstance(site, LinearSite):
+        assert site.output.weight_HDC.dtype == case.site.output.weight_HDC.dtype
+        assert site.id == case.site.id and site.output.value == case.site.output.value
+        return
     assert site.output.weight_HDC.dtype == case.site.output.weight_HDC.dtype
     assert site.output.weight_HDC.shape[:2] == (site.heads, site.v_dim)
     assert site.query.dim == site.key.dim

@@ -13,6 +13,7 @@ from rewriter.core.site import (
     AttentionSite,
     FeedForwardSite,
     HeadNorm,
+    LinearSite,
     OutputProjection,
     Projection,
     Rotary,
@@ -20,7 +21,7 @@ from rewriter.core.site import (
     Site,
     State,
 )
-from rewriter.core.statistics import AttentionStatistics, FeedForwardStatistics, Regression, Statistics
+from rewriter.core.statistics import SINKS, AttentionStatistics, FeedForwardStatistics, Regression, Statistics
 from rewriter.core.target import Target
 
 Float = NDArray[np.float64]
@@ -42,18 +43,32 @@ def features(site: Site, values: Values) -> Float:
     """The input of the output projection, (B, S, F)."""
     if isinstance(site, FeedForwardSite):
         return _hidden(site, values)
-    query, key, value = (operand(part, values, site.precision) for part in (site.query, site.key, site.value))
-    query, key, value = (
-        query[:, list(site.query.head_of)],
-        key[:, list(site.key.head_of)],
-        value[:, list(site.value.head_of)],
-    )
+    if isinstance(site, LinearSite):
+        return _inner(site, values)
+    value = operand(site.value, values, site.precision)[:, list(site.value.head_of)]
+    mixed = np.einsum("bhst,bhtd->bshd", probabilities(site, values), value)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def probabilities(site: AttentionSite, values: Values) -> Float:
+    """What every query makes of every key, (B, H, S, T)."""
+    query, key = (operand(part, values, site.precision) for part in (site.query, site.key))
+    query, key = query[:, list(site.query.head_of)], key[:, list(site.key.head_of)]
     logits = np.einsum("bhsd,bhtd->bhst", query, key) * site.scale
     if site.softcap:
         logits = site.softcap * np.tanh(logits / site.softcap)
-    probabilities = _softmax(logits + score_bias(site, values, logits.shape), site.empty_rows)
-    mixed = np.einsum("bhst,bhtd->bshd", probabilities, value)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    return _softmax(logits + score_bias(site, values, logits.shape), site.empty_rows)
+
+
+def _inner(site: LinearSite, values: Values) -> Float:
+    source = np.asarray(values[site.inner.source], np.float64)
+    if not site.features:
+        return source[..., :0]
+    if site.inner.weight_CGD is None:
+        return source
+    weight = site.inner.weight_CGD.reshape(source.shape[-1], -1).astype(np.float64)
+    bias = 0.0 if site.inner.bias_GD is None else site.inner.bias_GD.reshape(-1)
+    return product(source, weight, site.precision) + bias
 
 
 def output(site: Site, values: Values) -> Float:
@@ -97,13 +112,21 @@ def operand(part: Projection, values: Values, precision: str = "fp32") -> Float:
 
 def score_bias(site: AttentionSite, values: Values, shape: tuple[int, ...]) -> Float:
     """What is added to the scores, broadcast to (B, H, S, T)."""
+    far = _window(site.bias.window, site.bias.sinks, shape) if site.bias.window else np.zeros(shape)
     if site.bias.kind == "none":
-        return np.zeros(shape)
+        return far
     raw = np.asarray(values[site.bias.value])
     added = np.where(raw, 0.0, -np.inf) if site.bias.kind == "bool" else raw.astype(np.float64)
     if site.bias.keep is not None:
         added = added[:, list(site.bias.keep)]
-    return np.broadcast_to(added, shape)
+    return np.broadcast_to(added, shape) + far
+
+
+def _window(window: int, sinks: int, shape: tuple[int, ...]) -> Float:
+    """Very low where a key is `window` or more tokens away and no sink."""
+    queries, keys = np.arange(shape[2])[:, None], np.arange(shape[3])[None]
+    hidden = (np.abs(queries - keys) >= window) & (keys >= sinks)
+    return np.broadcast_to(np.where(hidden, -1e9, 0.0), shape)
 
 
 def statistics(site: Site, case: Case, target_BSC: Float | None = None) -> Statistics:
@@ -111,11 +134,52 @@ def statistics(site: Site, case: Case, target_BSC: Float | None = None) -> Stati
     rows = features(site, case.values)[case.valid_BS]
     target = (output(case.site, case.values) if target_BSC is None else target_BSC)[case.valid_BS]
     regression = regress(rows, target)
-    if isinstance(site, FeedForwardSite):
+    if not isinstance(site, AttentionSite):
         return FeedForwardStatistics(regression)
     query = operand(site.query, case.values)[:, list(site.query.head_of)].transpose(1, 0, 2, 3)[:, case.valid_BS]
+    assert isinstance(site, AttentionSite)
     key = centred_keys(site, case)
-    return AttentionStatistics(query.transpose(0, 2, 1) @ query, key.transpose(0, 2, 1) @ key, regression)
+    flat = key.transpose(1, 0, 2).reshape(key.shape[1], -1)
+    return AttentionStatistics(
+        query.transpose(0, 2, 1) @ query,
+        key.transpose(0, 2, 1) @ key,
+        regression,
+        source=regress(np.asarray(case.values[site.query.source], np.float64)[case.valid_BS], target),
+        products_HDD=_products(site, case),
+        joint_key=flat.T @ flat,
+        mixed_HKK=_mixed(site, case),
+        distance_HT=_distance(site, case),
+    )
+
+
+def _products(site: AttentionSite, case: Case) -> Float:
+    """Sum over sequences of Gram of queries times Gram of centred keys, entry by entry."""
+    query = operand(site.query, case.values)[:, list(site.query.head_of)]
+    key, total = operand(site.key, case.values)[:, list(site.key.head_of)], np.zeros((site.heads, *2 * [site.qk_dim]))
+    for row, valid in enumerate(case.valid_BS):
+        q, k = query[row][:, valid], key[row][:, valid]
+        k = k - k.mean(axis=1, keepdims=True)
+        total += np.einsum("hsd,hse->hde", q, q) * np.einsum("hsd,hse->hde", k, k)
+    return total
+
+
+def _mixed(site: AttentionSite, case: Case) -> Float:
+    value = operand(site.value, case.values).transpose(0, 2, 1, 3)
+    flat = value.reshape(*value.shape[:2], -1)
+    mixed = np.einsum("bhst,btk->hbsk", probabilities(site, case.values), flat)[:, case.valid_BS]
+    return np.asarray(mixed.transpose(0, 2, 1) @ mixed)
+
+
+def _distance(site: AttentionSite, case: Case) -> Float:
+    weights = probabilities(site, case.values).transpose(1, 0, 2, 3)[:, case.valid_BS]
+    tokens = weights.shape[-1]
+    position = np.broadcast_to(np.arange(case.valid_BS.shape[1]), case.valid_BS.shape)[case.valid_BS]
+    apart = np.abs(position[:, None] - np.arange(tokens)[None])
+    found = np.zeros((site.heads, tokens))
+    for distance in range(tokens):
+        picked = (apart == distance) & (np.arange(tokens)[None] >= SINKS)
+        found[:, distance] = (weights * picked).sum(axis=(1, 2))
+    return found / len(position)
 
 
 def centred_keys(site: AttentionSite, case: Case) -> Float:
@@ -163,6 +227,8 @@ def _rotate(x: Float, rotary: Rotary, values: Values) -> Float:
         half = rotary.size // 2
         other = np.concatenate([-turned[..., half:], turned[..., :half]], axis=-1)
     cos, sin = values[rotary.cos], values[rotary.sin]
+    if rotary.keep:
+        cos, sin = (np.stack([np.asarray(table)[..., list(kept)] for kept in rotary.keep]) for table in (cos, sin))
     return np.concatenate([turned * cos + rotary.sign * other * sin, rest], axis=-1)
 
 

@@ -1,0 +1,68 @@
+"""What took an attention's place goes through assembly, plans and standard ONNX like everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewriter.assembly.assemble import assemble
+from rewriter.assembly.plan_file import restore, save_plan
+from rewriter.assembly.pricing import price_options
+from rewriter.attention.flops import site_flops
+from rewriter.attention.lower import lower
+from rewriter.core.option import Plan
+from rewriter.core.passes_registry import discover
+from rewriter.core.site import AttentionSite, LinearSite
+from rewriter.graph.interpreter import Interpreter
+from rewriter.runtimes.standard import to_standard
+from tests.assembly.tiny import error, feeds, model
+
+PASSES = discover()
+WAYS = ("linear", "linear,rank=8", "identity", "bias", "nothing")
+
+
+def replaced(name: str, way: str) -> Plan:
+    _, found = model(name)
+    sites = [site.id for site in found.attention if PASSES["attention_replacement"].refuse(site) is None]
+    return Plan.parse("\n".join(f"attention_replacement{{with={way}}}@{site}" for site in sites))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_plan_file_and_standard_onnx_hold_it(way: str, tmp_path: Path) -> None:
+    graph, found = model("bert")
+    plan = replaced("bert", way)
+    built = assemble(graph, found.sites, plan, PASSES, feeds(graph, 0, 8))
+    save_plan(tmp_path, graph, plan, found.sites, built.sites.values())
+    again, sites = restore(graph, found.sites, tmp_path)
+    assert again == plan and any(isinstance(site, LinearSite) for site in sites.values())
+    after = [sites.get(site.id, site) for site in found.sites]
+    lowered, first = lower(graph, after), feeds(graph, 5, 1)[0]
+    assert lowered.fingerprint() == lower(graph, list(built.sites.values())).fingerprint()
+    ours, theirs = (Interpreter(one).run(first) for one in (lowered, to_standard(lowered)))
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, theirs[name], atol=1e-5)
+    assert [spec.shape for spec in lowered.outputs] == [spec.shape for spec in graph.outputs]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama", "t5"])
+def test_milder_ways_lose_less_in_every_layout(name: str) -> None:
+    graph, found = model(name)
+    held_out, losses = feeds(graph, 99, 4), {}
+    for way in ("linear", "nothing"):
+        built = assemble(graph, found.sites, replaced(name, way), PASSES, feeds(graph, 0, 8), resolve="changed")
+        losses[way] = error(graph, list(built.sites.values()), held_out)
+        changed = [site for site in built.sites.values() if isinstance(site, LinearSite)]
+        assert changed and all(site_flops(site) < site_flops(site.replaces) for site in changed)
+    assert losses["linear"] < losses["nothing"]
+
+
+def test_priced_in_order() -> None:
+    graph, found = model("bert")
+    first = found.attention[0]
+    assert isinstance(first, AttentionSite)
+    combinations = [tuple(replaced("bert", way).at(first.id)) for way in ("linear", "bias", "nothing")]
+    prices = price_options(graph, found.sites, {first.id: combinations}, PASSES, feeds(graph, 0, 6))[first.id]
+    ordered = [prices[combination] for combination in combinations]
+    assert ordered == sorted(ordered) and ordered[0] < 1.0
