@@ -2,201 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.trace import SHAPES, Trace, close, inputs_of, label, outputs_of
+from rewriter.attention.readers import Reader, products_before, readers_of
+from rewriter.attention.softmaxes import Softmax, read_softmax
+from rewriter.attention.trace import Trace, inputs_of, label, outputs_of
 from rewriter.core.refusal import Refused
 
-AFTER_SOFTMAX = frozenset(
-    [
-        "Cast",
-        "Identity",
-        "Dropout",
-        "Where",
-        "Mul",
-        "Div",
-        "Reshape",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Add",
-        "Split",
-        "Concat",
-        "Gather",
-        "Clip",
-        "Expand",
-        "Flatten",
-    ]
-)
-BEFORE_SOFTMAX = frozenset(
-    [
-        "Add",
-        "Sum",
-        "Sub",
-        "Mul",
-        "Div",
-        "Where",
-        "Tanh",
-        "Cast",
-        "Identity",
-        "Reshape",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Max",
-        "Min",
-        "Clip",
-        "Concat",
-        "Expand",
-        "Slice",
-        "Pad",
-        "GatherElements",
-        "Neg",
-        "Split",
-        "ScatterND",
-        "Flatten",
-        "Gather",
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A product that reads the probabilities: the node, at which input, and under which name they arrive."""
-
-    node: ir.Node
-    position: int
-    consumed: str
+SOFTMAXES = frozenset(("Softmax", "LogSoftmax"))
+WRITTEN = frozenset(("Exp",))  # a softmax may be written with it
+OTHER = frozenset(("Relu", "Sigmoid"))  # what attention without a softmax makes of its scores
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A softmax with candidate content products before it and one product with values after it.
-
-    With `turned` the softmax runs over the second axis from the end: keys come first in the scores.
-    """
+    """A softmax with candidate content products before it and one product with values after it."""
 
     node: ir.Node
-    scores: str
+    softmax: Softmax
     probabilities: str
     candidates: tuple[ir.Node, ...]
     reader: Reader
-    turned: bool = False
 
 
-def softmax_values(trace: Trace, node: ir.Node) -> tuple[str, str] | None:
-    """(scores, probabilities) of a Softmax node, or of a quotient Exp / ReduceSum that is one; None for other nodes.
+@dataclass(frozen=True)
+class Surroundings:
+    """The products around a node that may be a softmax: before the scores, and with the values.
 
-    A maximum subtracted from the scores changes nothing and is skipped.
+    `mixers` are linear nodes that lie between the products.
     """
-    probabilities = outputs_of(node)[0] if outputs_of(node) else ""
-    if node.op_type == "Softmax" and not node.domain:
-        return _without_maximum(trace, inputs_of(node)[0]), probabilities
-    if node.op_type != "Div":
-        return None
-    top, bottom = (trace.producer.get(name) for name in inputs_of(node))
-    if top is None or bottom is None or (top.op_type, bottom.op_type) != ("Exp", "ReduceSum"):
-        return None
-    if inputs_of(bottom)[0] != outputs_of(top)[0] or len(trace.shape(probabilities)) < 3:
-        return None
-    if not close(trace.value(probabilities).sum(-1), np.ones(trace.shape(probabilities)[:-1])):
-        return None
-    return _without_maximum(trace, inputs_of(top)[0]), probabilities
+
+    node: ir.Node
+    terms: tuple[ir.Node, ...]
+    readers: tuple[Reader, ...]
+    mixers: tuple[ir.Node, ...] = field(default=())
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the node is a softmax by its operator."""
+        return self.node.op_type in SOFTMAXES
 
 
-def _without_maximum(trace: Trace, scores: str) -> str:
-    node = trace.producer.get(scores)
-    if node is None or node.op_type != "Sub":
-        return scores
-    before, maximum = inputs_of(node)
-    behind = trace.producer.get(maximum)
-    own = behind is not None and behind.op_type == "ReduceMax" and inputs_of(behind)[0] == before
-    return before if own and trace.shape(maximum)[-1:] == (1,) else scores
+def surroundings(trace: Trace, node: ir.Node) -> Surroundings | None:
+    """The products around a node, if there are such on both sides of it; None otherwise."""
+    if node.domain or node.op_type not in WRITTEN | OTHER | SOFTMAXES or not outputs_of(node):
+        return None
+    exponentials = node.op_type == "LogSoftmax"
+    readers, after = readers_of(trace, outputs_of(node)[0], exponentials)
+    terms, before = products_before(trace, inputs_of(node)[0]) if readers or after else ([], [])
+    mixers: list[ir.Node] = []
+    if not readers:
+        mixers = [n for n in after if readers_of(trace, outputs_of(n)[0])[0]][:1]
+        readers = readers_of(trace, outputs_of(mixers[0])[0])[0] if mixers else []
+    if not terms:
+        found = [n for n in before if products_before(trace, _data(trace, n))[0]][:1]
+        terms = products_before(trace, _data(trace, found[0]))[0] if found else []
+        mixers += found
+    if not readers or not terms or (mixers and node.op_type not in SOFTMAXES):
+        return None
+    return Surroundings(node, tuple(terms), tuple(readers), tuple(mixers))
 
 
-def softmax_anchor(trace: Trace, node: ir.Node, scores: str, probabilities: str) -> Anchor | None:
-    """The anchor at a softmax; None if it is no attention, `Refused` if it looks like one but is not understood."""
-    rank = len(trace.shape(scores))
-    if rank < 3:
-        return None
-    readers, linears_after = readers_of(trace, probabilities)
-    terms, linears_before = products_before(trace, scores)
-    mixed = [n for n in linears_after for _ in readers_of(trace, outputs_of(n)[0])[0][:1]] if not readers else []
-    if not readers and not mixed:
-        return None
-    mixers = [n for n in linears_before if trace.linear(n) and _behind(trace, n)] if not terms else []
-    if not terms and not mixers:
-        return None
-    if mixed or mixers:
-        nodes = tuple(label(n) for n in (*mixed, *mixers))
+def softmax_anchor(trace: Trace, around: Surroundings) -> Anchor:
+    """The anchor at a softmax between products; `Refused` if it is not understood."""
+    if around.mixers:
+        nodes = tuple(map(label, around.mixers))
         raise Refused("head-mixing", "a linear map mixes heads between scores and values", nodes)
-    default = -1 if trace.graph.opset >= 13 or node.op_type != "Softmax" else 1
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else default
-    if axis % rank not in (rank - 1, rank - 2):
-        raise Refused("softmax-axis", f"softmax over axis {axis} of {rank}", (label(node),))
-    if len(readers) != 1:
-        nodes = tuple(label(r.node) for r in readers)
+    if around.node.op_type in OTHER:
+        raise Refused("no-softmax", f"{around.node.op_type} in place of a softmax", (label(around.node),))
+    if len(around.readers) != 1:
+        nodes = tuple(label(r.node) for r in around.readers)
         raise Refused("several-readers", "the probabilities enter several products", nodes)
-    return Anchor(node, scores, probabilities, tuple(terms), readers[0], axis % rank == rank - 2)
+    reader = around.readers[0]
+    softmax = read_softmax(trace, around.node, reader)
+    terms, _ = products_before(trace, softmax.scores)
+    return Anchor(around.node, softmax, outputs_of(around.node)[0], tuple(terms), reader)
 
 
-def _behind(trace: Trace, linear: ir.Node) -> bool:
+def _data(trace: Trace, linear: ir.Node) -> str:
     found = trace.linear(linear)
     assert found is not None
-    return bool(products_before(trace, inputs_of(linear)[found[0]])[0])
-
-
-def readers_of(trace: Trace, probabilities: str) -> tuple[list[Reader], list[ir.Node]]:
-    """(products of two activations that read the probabilities, linear nodes met on the way)."""
-    readers: list[Reader] = []
-    linears: list[ir.Node] = []
-    stack, seen = [probabilities], set()
-    while stack:
-        name = stack.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for node in trace.consumers[name]:
-            if trace.bilinear(node):
-                readers.append(Reader(node, inputs_of(node).index(name), name))
-            elif trace.linear(node):
-                linears.append(node)
-            elif node.op_type in AFTER_SOFTMAX and trace.floating(name):
-                stack += outputs_of(node)
-    return readers, linears
-
-
-def products_before(trace: Trace, scores: str) -> tuple[list[ir.Node], list[ir.Node]]:
-    """(products of two activations that feed the scores, linear nodes met on the way)."""
-    products: list[ir.Node] = []
-    linears: list[ir.Node] = []
-    stack, seen = [scores], set()
-    while stack:
-        name = stack.pop()
-        node = trace.producer.get(name)
-        if name in seen or node is None or name in trace.shaped or not trace.floating(name):
-            continue
-        seen.add(name)
-        if trace.bilinear(node):
-            products.append(node)
-        elif trace.linear(node):
-            linears.append(node)
-        elif node.op_type in BEFORE_SOFTMAX:
-            stack += trace.data_inputs(node)
-    return products, linears
-
-
-def read_elsewhere(trace: Trace, name: str, output: str) -> tuple[str, ...]:
-    """Graph outputs that depend on a value by a way that does not pass the region's output."""
-    seen, stack = set(), [name]
-    while stack:
-        value = stack.pop()
-        if value in seen or value == output:
-            continue
-        seen.add(value)
-        stack += [o for node in trace.consumers[value] if node.op_type not in SHAPES for o in outputs_of(node)]
-    return tuple(sorted(seen & trace.outputs))
+    return inputs_of(linear)[found[0]]

@@ -92,10 +92,13 @@ def test_a_gate_after_the_values_leaves_it_found() -> None:
     assert site.problems[0].code == "output-path"
 
 
-def test_head_mixing_is_named_not_rewritten() -> None:
+def test_head_mixing_is_found_not_rewritten() -> None:
     result = exported.recognised(exported.block(mixing=True))
-    assert not result.attention
-    assert [entry.refusal.code for entry in result.unrecognised] == ["head-mixing"]
+    (site,) = result.attention
+    assert not result.unrecognised
+    assert site.state is State.FOUND
+    assert (site.heads, site.qk_dim, site.v_dim) == (4, 6, 6)
+    assert [problem.code for problem in site.problems] == ["head-mixing"]
 
 
 @pytest.mark.parametrize("kind", ["router", "linear attention"])
