@@ -17,6 +17,7 @@ from rewriter.runtimes.tvm.target import missing_features
 
 FORMAT = 1
 CODE, WEIGHTS, MANIFEST = "model.so", "model.weights.safetensors", "model.json"
+CUBIN = "model.cubin"  # of GPU targets: the kernels as machine code; model.cu beside it is their source
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from rewriter.core.errors import OptionError, OutputError
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.standard import to_standard
-from rewriter.runtimes.tvm.artifact import CODE, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
+from rewriter.runtimes.tvm.artifact import CODE, CUBIN, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
 from rewriter.runtimes.tvm.fusion import fuse
 from rewriter.runtimes.tvm.lowering import Kernels, Lowering
 from rewriter.runtimes.tvm.operators import TABLE
@@ -27,7 +27,7 @@ from rewriter.runtimes.tvm.program import Program
 from rewriter.runtimes.tvm.specialise import specialise
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import Tiles
-from rewriter.runtimes.tvm.toolchain import linker, use_cuda_compiler
+from rewriter.runtimes.tvm.toolchain import compile_cuda, linker
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -109,19 +109,27 @@ def build(
 
 def _compiled(module: Module, target: Target, path: Path, cache: Path | None) -> None:
     """Compile to `path`, or copy what the cache has for this structure."""
-    kept = None if cache is None else cache / f"{module.structure_key(target)}.so"
+    kept = None if cache is None or target.kind == "cuda" else cache / f"{module.structure_key(target)}.so"
     if kept is not None and kept.exists():
         shutil.copyfile(kept, path)
         return
+    executable = tvm.compile(module.functions, target=tvm_target(target))
     if target.kind == "cuda":
-        use_cuda_compiler(target)
-    tvm.compile(module.functions, target=tvm_target(target)).export_library(str(path), fcompile=linker(target))
+        # This TVM keeps kernels as CUDA source, which is compiled once here: what nvcc refuses is no artifact.
+        compile_cuda(_cuda_source(executable.mod), target, path.with_name(CUBIN))
+    executable.export_library(str(path), fcompile=linker(target))
     if kept is None or cache is None:
         return
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
         file.write(path.read_bytes())
     Path(file.name).replace(kept)
+
+
+def _cuda_source(module: Any) -> str:
+    """The source of all device code below a module."""
+    own = module.inspect_source("cuda") if module.kind == "cuda" else ""
+    return str(own) + "".join(_cuda_source(part) for part in module.imports)
 
 
 def _manifest(
@@ -160,5 +168,5 @@ def _replace(work: Path, folder: Path) -> None:
     if not folder.exists():
         work.replace(folder)
         return
-    for name in (CODE, WEIGHTS, MANIFEST):
-        (work / name).replace(folder / name)
+    for file in sorted(work.iterdir(), key=lambda file: file.name == MANIFEST):
+        file.replace(folder / file.name)

@@ -72,20 +72,16 @@ def linker(target: Target) -> Callable[..., None] | None:
     return link
 
 
-def use_cuda_compiler(target: Target) -> None:
-    """Have TVM compile CUDA with nvcc, or with NVRTC where its Python package is; `OptionError` where neither is."""
-    import tvm
+def compile_cuda(source: str, target: Target, output: Path) -> None:
+    """CUDA C to a cubin for the target's GPU, by nvcc or NVRTC. Raises `OptionError` where neither is installed."""
     from tvm.support import nvcc
 
     if shutil.which("nvcc"):
-        compiler, form = "nvcc", "fatbin"
-    elif find_spec("cuda") is not None and find_spec("cuda.bindings") is not None:
-        compiler, form = "nvrtc", "cubin"
-    else:
+        plain = output.with_suffix(".cu")
+        plain.write_text(source)
+        run(["nvcc", "-cubin", "-O3", "--std=c++17", "-w", f"-arch={target.mcpu}", plain, "-o", output])
+        return
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         hint = "Install the CUDA toolkit (nvcc), or pip install cuda-bindings; no GPU is needed"
         raise OptionError("no CUDA compiler was found", hint)
-
-    def compile_cuda(code: str) -> bytearray:
-        return bytearray(nvcc.compile_cuda(code, target_format=form, arch=target.mcpu, compiler=compiler))
-
-    tvm.register_global_func("tvm_callback_cuda_compile", compile_cuda, override=True)
+    output.write_bytes(nvcc.compile_cuda(source, target_format="cubin", arch=target.mcpu, compiler="nvrtc"))
