@@ -73,20 +73,24 @@ def write(builder: Builder, steps: Iterable[Step]) -> None:
     constants: dict[str, str] = {}
     for step in steps:
         if step.array is not None:
-            constants[step.output] = builder.constant(step.array, step.output)
+            known = f"{builder.prefix}/{step.output}"
+            constants[step.output] = known if known in builder.constants else builder.constant(step.array, step.output)
         else:
             inputs = [constants.get(name, name) for name in step.inputs]
             builder.op(step.operator, *inputs, output=step.output, **step.attributes)
 
 
 def read_by(steps: Iterable[Step], wanted: str) -> list[str]:
-    """The values of the graph that a step's result is made of; the name itself if no step makes it."""
+    """The values of the graph that a step's result is made of; the name itself if no step makes it.
+
+    What is read for its shape alone does not count.
+    """
     made = {step.output: step for step in steps}
     found, stack = dict[str, None](), [wanted]
     while stack:
         name = stack.pop()
         if name in made:
-            stack += [read for read in made[name].inputs if read]
+            stack += [read for read in made[name].inputs if read and made[name].operator != "Shape"]
         else:
             found[name] = None
     return list(found)

@@ -53,7 +53,7 @@ class Builder:
         if self.dtype is not None and array.dtype == np.float64:
             array = array.astype(self.dtype)
         # for checks alone, a view of a large matrix must not become a copy
-        self.constants[name] = np.ascontiguousarray(array) if self.dtype is not None else array
+        self.constants[name] = np.asarray(array, order="C") if self.dtype is not None else array
         self._values[name] = ir.Value(name=name, const_value=ir.Tensor(self.constants[name], name=name))
         return name
 

@@ -14,6 +14,7 @@ from itertools import permutations
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.lengths import draw_lengths, length_of, table_of
 from rewriter.attention.paths import Paths
 from rewriter.attention.values import Values
 from rewriter.core.errors import UserError
@@ -49,10 +50,14 @@ TRACED = frozenset(
 
 @dataclass(frozen=True)
 class Roles:
-    """What the inputs are used for: `limits` bounds numbers that index tables, `masks` names 0/1 inputs."""
+    """What the inputs are used for: `limits` bounds numbers that index tables, `masks` names 0/1 inputs.
+
+    `lengths` names numbers of valid keys, with what they hold beyond them.
+    """
 
     limits: Mapping[str, int]
     masks: frozenset[str]
+    lengths: Mapping[str, int]
 
 
 def roles(graph: OnnxGraph) -> Roles:
@@ -62,17 +67,20 @@ def roles(graph: OnnxGraph) -> Roles:
         for value in node.inputs:
             if value is not None:
                 consumers.setdefault(str(value.name), []).append(node)
-    limits, masks = {}, set()
+    limits, masks, lengths = {}, set(), {}
     for spec in graph.inputs:
         if spec.dtype.kind in "iu":
             sizes = list(_tables(graph, consumers, spec.name))
-            if sizes:
+            length = length_of(consumers, spec)
+            if length is not None:
+                lengths[spec.name] = length
+            elif sizes:
                 limits[spec.name] = min(sizes)
             else:
                 masks.add(spec.name)
         elif spec.dtype.kind == "b":
             masks.add(spec.name)
-    return Roles(limits, frozenset(masks))
+    return Roles(limits, frozenset(masks), lengths)
 
 
 def _tables(graph: OnnxGraph, consumers: Mapping[str, list[ir.Node]], start: str) -> Iterator[int]:
@@ -89,6 +97,10 @@ def _tables(graph: OnnxGraph, consumers: Mapping[str, list[ir.Node]], start: str
                 axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
                 if table is not None and table.ndim and table.dtype.kind not in "iub":
                     yield int(table.shape[axis])
+            elif table_of(node, name):
+                table = graph.constant(table_of(node, name))
+                if table is not None and table.ndim:
+                    yield int(table.shape[0])
             elif node.op_type in TRACED and names[0] == name:
                 stack += [str(value.name) for value in node.outputs]
 
@@ -288,6 +300,11 @@ def draw(
             feeds[spec.name] = _fill(spec, shape, known, rng, hostile)
         else:
             feeds[spec.name] = _cut(spec, np.asarray(example[spec.name]), shape, known, hostile)
+    others = [array for name, array in feeds.items() if name not in known.lengths]
+    for spec in graph.inputs:
+        if spec.name in known.lengths:
+            shape = feeds[spec.name].shape
+            feeds[spec.name] = draw_lengths(spec, shape, known.lengths[spec.name], others)
     return feeds
 
 

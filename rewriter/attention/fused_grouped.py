@@ -16,7 +16,7 @@ from rewriter.attention.fused_forms import (
     problem,
     sizes_of,
 )
-from rewriter.attention.fused_masks import both, column, count, limited, reachable
+from rewriter.attention.fused_masks import both, column, count, limited, reachable, within
 from rewriter.attention.operands import Operand
 from rewriter.attention.trace import Trace
 from rewriter.core.refusal import Refusal
@@ -35,7 +35,7 @@ def read_grouped(trace: Trace, node: ir.Node) -> FusedForm:
         operand_at(trace, str(node.outputs[0].name), heads),
         sizes_of(trace, operands),
         aside,
-        _bias(trace, aside, node, names[10], at, keys),
+        _bias(trace, aside, node, names, at, keys),
         (keys_at, values_at),
         places=places,
         turn=_turn(trace, aside, node, names, at),
@@ -91,11 +91,23 @@ def _places(aside: Aside, names: list[str]) -> tuple[str, str, str]:
     return aside.op("Add", begin, count(aside, tokens)), keys, places
 
 
-def _bias(trace: Trace, aside: Aside, node: ir.Node, added: str, at: str, keys: str) -> ScoreBias:
+def _bias(trace: Trace, aside: Aside, node: ir.Node, names: list[str], at: str, keys: str) -> ScoreBias:
     window = int(number(node, "local_window_size", -1))
     places = aside.unsqueeze(at, 1, 3)
     allowed = reachable(aside, places, keys, True, window - 1 if window > 0 else -1, -1)
-    return limited(trace, aside, added, allowed)
+    ends = aside.op("Add", column(aside, names[5]), aside.whole(1))
+    allowed = both(aside, allowed, aside.unsqueeze(within(aside, ends, "", keys), 1, 2))
+    return limited(trace, aside, _as_long(trace, aside, names[10], keys), allowed)
+
+
+def _as_long(trace: Trace, aside: Aside, added: str, keys: str) -> str:
+    """What is added to the scores, with zeros for keys behind its end."""
+    if not added:
+        return ""
+    lead = aside.op("Slice", aside.op("Shape", added), aside.ints(0), aside.ints(3))
+    missing = aside.op("Max", aside.op("Sub", keys, aside.length(added, 3)), aside.whole(0))
+    shape = aside.op("Concat", lead, aside.op("Reshape", missing, aside.ints(1)), axis=0)
+    return aside.op("Concat", added, aside.op("Expand", aside.number(0.0), shape), axis=3)
 
 
 def _turn(trace: Trace, aside: Aside, node: ir.Node, names: list[str], at: str) -> Turn | None:

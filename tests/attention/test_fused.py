@@ -58,6 +58,9 @@ class Made:
 
     def graph(self, folder: Path, context: str, opset: int = 17) -> OnnxGraph:
         self.op("MatMul", context, self.weight(WIDTH, WIDTH), outputs=("result",))
+        return self.finished(folder, opset)
+
+    def finished(self, folder: Path, opset: int = 17) -> OnnxGraph:
         graph = helper.make_graph(self.nodes, "fused", self.inputs, self.outputs, self.weights)
         imports = [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)]
         path = folder / "model.onnx"

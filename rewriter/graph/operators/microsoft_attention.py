@@ -200,29 +200,31 @@ def group_query_attention(
         turn = (cos[rows][:, None], sin[rows][:, None], 2 * cos.shape[-1], bool(call.get("rotary_interleaved")))
         q, k = rotate_pairs(q, *turn), rotate_pairs(k, *turn)
     keys, values = _written(past_key, k, at, total), _written(past_value, v, at, total)
-    scores = _group_scores(call, q, keys, at, attention_bias)
+    ends = last_index.long().reshape(-1, 1, 1) + 1
+    scores = _group_scores(call, q, keys, at, ends, attention_bias)
     result = torch.softmax(scores, -1) @ repeat_heads(values, heads)
     return merge_heads(result), keys, values
 
 
-def _group_scores(call: Call, q: Tensor, keys: Tensor, at: Tensor, bias: Tensor | None) -> Tensor:
+def _group_scores(call: Call, q: Tensor, keys: Tensor, at: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
     scale = call.get("scale", 0.0) or q.shape[-1] ** -0.5
     scores = soft_cap((q @ repeat_heads(keys, q.shape[1]).transpose(-1, -2)) * scale, call.get("softcap", 0.0))
     if bias is not None:
         scores = scores + functional.pad(bias, (0, scores.shape[-1] - bias.shape[-1]))
     steps, window = torch.arange(keys.shape[2]), call.get("local_window_size", -1)
-    allowed = steps <= at[..., None]
+    allowed = (steps <= at[..., None]) & (steps < ends)
     if window > 0:
         allowed = allowed & (steps > at[..., None] - window)
     return scores.masked_fill(~allowed[:, None], -torch.inf)
 
 
 def _written(past: Tensor | None, new: Tensor, at: Tensor, total: int) -> Tensor:
-    """The cache with new tokens at their places, long enough for all."""
+    """The cache with new tokens at their places, long enough for all; past behind them is not taken over."""
     length = max(total, past.shape[2] if past is not None else 0)
     cache = new.new_zeros(new.shape[0], new.shape[1], length, new.shape[3])
     if past is not None:
-        cache[:, :, : past.shape[2]] = past
+        old = torch.arange(past.shape[2]) < at[:, :1]
+        cache[:, :, : past.shape[2]] = past.masked_fill(~old[:, None, :, None], 0.0)
     return cache.scatter(2, at[:, None, :, None].expand(new.shape), new)
 
 
