@@ -107,18 +107,19 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
         flat = _head_norm(b, projection.norm, flat, role, "")
         b.declare(flat, None, None, heads * projection.dim)
         projection = replace(projection, norm=None)
-    bare = projection.norm is None and projection.rotary is None
-    value = b.composite("SplitHeads", flat, output=final if bare else "", heads=heads)
+    norm, turn = projection.norm, projection.rotary
+    value = b.composite("SplitHeads", flat, output="" if norm or turn else final, heads=heads)
     b.declare(value, None, heads, None, projection.dim)
-    norm = projection.norm
-    if norm is not None:
-        value = _head_norm(b, norm, value, role, final if projection.rotary is None else "")
-    turn = projection.rotary
+    late = norm is not None and turn is not None and norm.after_rotation
+    if norm is not None and not late:
+        value = _head_norm(b, norm, value, role, "" if turn else final)
     if turn is not None:
         attributes = {"size": turn.size, "interleaved": int(turn.interleaved), "sign": turn.sign}
         tables = [_table(b, name, turn) for name in (turn.cos, turn.sin)]
-        value = b.composite("Rotary", value, *tables, output=final, **attributes)
+        value = b.composite("Rotary", value, *tables, output="" if late else final, **attributes)
         b.declare(value, None, heads, None, projection.dim)
+    if norm is not None and late:
+        value = _head_norm(b, norm, value, role, final)
     if projection.past:
         value = b.op(
             "Concat", projection.past, value, output="" if projection.places else projection.present, axis=2
@@ -138,6 +139,13 @@ def _placed(b: Builder, projection: Projection, joined: str) -> str:
 
 
 def _head_norm(b: Builder, norm: HeadNorm, value: str, role: str, output: str) -> str:
+    if norm.per_head:
+        one = replace(norm, gain_D=np.ones(norm.gain_D.shape[-1], norm.gain_D.dtype), bias_D=None)
+        value = b.declare(_head_norm(b, one, value, role, ""), None, norm.gain_D.shape[0], None, norm.gain_D.shape[1])
+        gain = b.constant(norm.gain_D[:, None], f"{role}.gains")
+        if norm.bias_D is None:
+            return b.op("Mul", value, gain, output=output)
+        return b.op("Add", b.op("Mul", value, gain), b.constant(norm.bias_D[:, None], f"{role}.biases"), output=output)
     inputs = [value, b.constant(norm.gain_D.reshape(-1), f"{role}.gain")]
     if norm.bias_D is not None:
         inputs.append(b.constant(norm.bias_D.reshape(-1), f"{role}.norm_bias"))
@@ -154,10 +162,19 @@ def _table(b: Builder, name: str, turn: Rotary) -> str:
         elif turn.interleaved:
             twice = b.op("Concat", *[b.unsqueeze(name, -1)] * 2, axis=-1)
             lead = b.op("Slice", b.op("Shape", name), b.ints(0), b.ints(-1))
-            name = b.op("Reshape", twice, b.joined([lead, b.ints(turn.size)]))
+            name = b.op("Reshape", twice, b.joined([lead, b.ints(-1)]))
         else:
             name = b.op("Concat", name, name, axis=-1)
-    return name
+    return _kept_columns(b, name, turn) if turn.keep else name
+
+
+def _kept_columns(b: Builder, table: str, turn: Rotary) -> str:
+    """The columns of frequency pairs that stay: one set for all heads, or one per head as (B or 1, G, S, size)."""
+    if len(set(turn.keep)) == 1:
+        return b.op("Gather", table, b.ints(*turn.keep[0]), axis=-1)
+    every = b.op("Gather", table, b.ints(*(column for kept in turn.keep for column in kept)), axis=-1)
+    apart = b.op("Reshape", every, b.ints(0, 0, 0, len(turn.keep), turn.size))
+    return b.op("Reshape", b.op("Transpose", apart, perm=[0, 3, 2, 1, 4]), b.ints(0, 0, 0, turn.size))
 
 
 def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:

@@ -73,7 +73,9 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
 def _operand_facts(operand: Projection) -> list[Any]:
     weight = operand.weight_CGD
     shape = [operand.heads, operand.dim] if weight is None else list(weight.shape)
-    extras = [operand.bias_GD is not None, operand.norm is not None, operand.rotary is not None, bool(operand.past)]
+    extras: list[int] = [operand.bias_GD is not None, operand.norm is not None, operand.rotary is not None, bool(operand.past)]
+    if operand.rotary is not None and operand.rotary.keep:
+        extras += [operand.rotary.size, len(set(operand.rotary.keep))]
     return [*shape, *extras, list(operand.head_of)]
 
 

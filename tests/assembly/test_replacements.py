@@ -66,3 +66,19 @@ def test_priced_in_order() -> None:
     prices = price_options(graph, found.sites, {first.id: combinations}, PASSES, feeds(graph, 0, 6))[first.id]
     ordered = [prices[combination] for combination in combinations]
     assert ordered == sorted(ordered) and ordered[0] < 1.0
+
+
+def test_dropped_frequency_pairs_have_tables_per_head(tmp_path: Path) -> None:
+    graph, found = model("llama")
+    plan = Plan.parse("\n".join(f"low_rank_qk{{rank=4}}@{site.id}" for site in found.attention))
+    built = assemble(graph, found.sites, plan, PASSES, feeds(graph, 0, 6), resolve="changed")
+    first = built.sites[found.attention[0].id]
+    assert isinstance(first, AttentionSite) and first.query.rotary is not None
+    assert len(first.query.rotary.keep) == first.heads and first.qk_dim == 4
+    lowered, feed = lower(graph, list(built.sites.values())), feeds(graph, 5, 1)[0]
+    ours, theirs = (Interpreter(one).run(feed) for one in (lowered, to_standard(lowered)))
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, theirs[name], atol=1e-4)
+    save_plan(tmp_path, graph, plan, found.sites, built.sites.values())
+    sites = restore(graph, found.sites, tmp_path)[1]
+    assert lower(graph, [sites.get(s.id, s) for s in found.sites]).fingerprint() == lowered.fingerprint()
