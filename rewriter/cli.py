@@ -70,6 +70,8 @@ def _optimize(words: Sequence[str]) -> int:
         return int(ExitCode.BAD_INPUT)
     parsed = parser.parse_args(_with_config(parser, words))
     options = _options(parsed)
+    if options.compile_only:
+        return _compile_only(parsed, options)
     from rewriter.cli_progress import ProgressLines
     from rewriter.pipeline import optimize
 
@@ -83,6 +85,16 @@ def _optimize(words: Sequence[str]) -> int:
         return int(ExitCode.INTERRUPTED)
     if parsed.fail_if_not_faster and result.kept_original:
         return int(ExitCode.ANSWER_IS_NO)
+    return int(ExitCode.DONE)
+
+
+def _compile_only(parsed: argparse.Namespace, options: Options) -> int:
+    from rewriter.cli_progress import ProgressLines
+    from rewriter.compiling import compile_only
+
+    with ProgressLines(sys.stderr) as listener:
+        compiled = compile_only(parsed.model, options, listener)
+    print(json.dumps(compiled.report, indent=2) if parsed.json else compiled.summary)
     return int(ExitCode.DONE)
 
 
@@ -114,7 +126,7 @@ def _add_flag(parser: argparse.ArgumentParser, option: dataclasses.Field[Any]) -
     flags = [metadata["flag"]] if "flag" in metadata else ["--" + option.name.replace("_", "-")]
     flags += [metadata["long"]] if "long" in metadata else []
     arguments: dict[str, Any] = {"dest": option.name, "help": metadata["help"], "default": None}
-    if option.name == "dry_run":
+    if str(option.type) == "bool":
         parser.add_argument(*flags, action="store_const", const=True, **arguments)
         return
     if option.name == "shapes":

@@ -12,6 +12,8 @@ from rewriter.core.errors import OptionError
 
 Effort = Literal["quick", "normal", "thorough"]
 Runtime = Literal["tvm", "onnxruntime", "auto"]
+Emit = Literal["artifact", "static-library"]
+Tuner = Literal["templates", "metaschedule"]
 Precision = Literal["fp32", "bf16", "int8", "any"]
 
 
@@ -48,6 +50,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not match or "0" in match[2].split("x"):
         raise OptionError(f"--shape {text!r} is not a shape", "Write the input's name and its sizes: input_ids=1x128")
     return match[1], tuple(int(size) for size in match[2].split("x"))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` as both; raises `OptionError`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise OptionError(f"{text!r} is not an address", "Write HOST:PORT, such as 127.0.0.1:9190")
+    return host, int(port)
 
 
 @dataclass(frozen=True)
@@ -94,4 +104,35 @@ class Options:
     )
     plan: Path | None = field(default=None, metadata={"help": "rebuild from this plan.json instead of searching"})
     threads: int = field(default=1, metadata={"help": "threads the result will use"})
+    compile_only: bool = field(
+        default=False, metadata={"help": "build for --target, which need not be here, and time nothing"}
+    )
+    emit: Emit = field(
+        default="artifact",
+        metadata={
+            "help": "with --compile-only: a folder for TVM's runtime, or a static library with a C header",
+            "choices": ("artifact", "static-library"),
+        },
+    )
+    rpc: str | None = field(
+        default=None, metadata={"help": "HOST:PORT of a TVM RPC tracker: compile here, time on the device it lends"}
+    )
+    key: str | None = field(default=None, metadata={"help": "the name under which the device is known to the tracker"})
+    tuner: Tuner = field(
+        default="templates",
+        metadata={
+            "help": "how kernels are tuned; metaschedule also searches for operators that have no template",
+            "choices": ("templates", "metaschedule"),
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "say what would be tried, then stop"})
+
+    def __post_init__(self) -> None:
+        if self.emit != "artifact" and not self.compile_only:
+            raise OptionError(f"--emit {self.emit} times nothing", "Add --compile-only")
+        if (self.rpc is None) != (self.key is None):
+            raise OptionError("--rpc and --key belong together", "Write --rpc HOST:PORT --key NAME")
+        if self.rpc is not None:
+            parse_address(self.rpc)
+            if self.compile_only:
+                raise OptionError("--compile-only times nothing, --rpc is for timing", "Leave one out")

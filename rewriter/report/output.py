@@ -13,6 +13,7 @@ from pathlib import Path
 from rewriter.core.errors import OutputError
 
 MARKER = "report.json"
+COMPILED = "compiled.json"  # what --compile-only writes instead
 
 
 def check_output(folder: Path) -> None:
@@ -47,10 +48,11 @@ def existing_parent(folder: Path) -> Path:
 
 
 def _ours(folder: Path) -> bool:
-    try:
-        return "variants_timed" in json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
-        return False
+    for name, key in ((MARKER, "variants_timed"), (COMPILED, "compiled_only")):
+        with contextlib.suppress(OSError, ValueError):
+            if key in json.loads((folder / name).read_text()):
+                return True
+    return False
 
 
 @contextlib.contextmanager

@@ -67,6 +67,13 @@ def write_library(
     return folder
 
 
+def build_library(model: Path, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
+    """In a worker: the library of a saved graph at one set of shapes."""
+    from rewriter.graph.onnx import load
+
+    return write_library(load(model), [shapes], folder, target)
+
+
 def _weights(module: Module) -> tuple[dict[str, Region], bytes]:
     """Where each parameter lies in the weights file, and the file."""
     places, content = {}, bytearray()
