@@ -6,7 +6,7 @@ integer input that indexes a table is a number below the table's length, one tha
 
 from __future__ import annotations
 
-import ast
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from rewriter.attention.lengths import draw_lengths, length_of, table_of
 from rewriter.attention.paths import Paths
+from rewriter.attention.sizes import Sizes
 from rewriter.attention.values import Values
 from rewriter.core.errors import UserError
 from rewriter.core.site import Array
@@ -25,6 +26,7 @@ from rewriter.graph.onnx import OnnxGraph, TensorSpec
 BATCHES = (2, 5, 3)
 IMAGE_SIDES, SOUND_SAMPLES = (32, 64, 128), (400, 1200)
 LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
+MOST_ELEMENTS = 2**27
 STEP = 200  # nodes between two looks at what may be dropped
 TRACED = frozenset(
     [
@@ -105,46 +107,6 @@ def _tables(graph: OnnxGraph, consumers: Mapping[str, list[ir.Node]], start: str
                 stack += [str(value.name) for value in node.outputs]
 
 
-class Sizes:
-    """Sizes for dynamic axes, by name; axes named by a formula of others (``past + sequence``) are computed."""
-
-    def __init__(self, chosen: Mapping[str, int]) -> None:
-        self.chosen = dict(chosen)
-
-    def of(self, axis: int | str | None, key: str) -> int:
-        """The size of one axis; unnamed ones go by `key`."""
-        if isinstance(axis, int):
-            return axis
-        name = axis or key
-        if name in self.chosen:
-            return self.chosen[name]
-        found = _evaluate(name, self.chosen)
-        return found if found is not None else self.chosen[key]
-
-
-def _evaluate(formula: str, sizes: Mapping[str, int]) -> int | None:
-    """The value of a sum, difference or product of axis names; None if it is nothing of the kind."""
-    try:
-        return _number(ast.parse(formula, mode="eval").body, sizes)
-    except (SyntaxError, KeyError, ValueError, RecursionError):
-        return None
-
-
-def _number(node: ast.expr, sizes: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        return sizes[node.id]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv)):
-        left, right = _number(node.left, sizes), _number(node.right, sizes)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        if isinstance(node.op, ast.Sub):
-            return left - right
-        return left * right if isinstance(node.op, ast.Mult) else left // max(right, 1)
-    raise ValueError("no formula")
-
-
 def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
     """Sizes to try, most telling first: a length of its own for every name, or for all axes in the same place of larger
     inputs of the same rank (caches), one of them the sum of two others; one length for all, long ones (audio, images);
@@ -217,6 +179,8 @@ def usable_feeds(
         before = found[0].sizes if found else None
         near = near_choices(graph, round_, before) if before else iter(())
         for sizes in (*size_choices(graph, round_), *near):
+            if _too_large(graph, sizes):
+                continue
             feeds = draw(graph, sizes, known, seed + round_, round_ > 0, example)
             run = _tried(interpreter, paths, feeds, sizes)
             if run is not None and _as_declared(graph, run, sizes):
@@ -230,6 +194,12 @@ def usable_feeds(
             return None
         found.append(usable)
     return found
+
+
+def _too_large(graph: OnnxGraph, sizes: Sizes) -> bool:
+    """Whether an input of these sizes would be a burden, or have an axis that cannot be cut to any use."""
+    shapes = [[sizes.of(axis, key_of(place)) for place, axis in enumerate(spec.shape)] for spec in graph.inputs]
+    return any(math.prod(shape) > MOST_ELEMENTS or min(shape, default=1) < 0 for shape in shapes)
 
 
 def _as_declared(graph: OnnxGraph, run: Run, sizes: Sizes) -> bool:
@@ -312,7 +282,7 @@ def _fill(spec: TensorSpec, shape: tuple[int, ...], known: Roles, rng: np.random
     if spec.name in known.masks:
         return _mask(spec, shape, hostile)
     if spec.name in known.limits:
-        limit = known.limits[spec.name]
+        limit = max(1, known.limits[spec.name])
         return rng.integers(min(3, limit - 1), limit, shape).astype(spec.dtype)
     return rng.standard_normal(shape).astype(spec.dtype)
 
@@ -335,12 +305,18 @@ def _mask(spec: TensorSpec, shape: tuple[int, ...], hostile: bool) -> Array:
 
 
 def pad_mask(shape: tuple[int, ...], hostile: bool) -> Array:
-    """Ones with padding on the right of the first item; hostile: left, a hole, right, a row without any, full."""
+    """Ones with padding on the right of the first item; hostile: left, a hole, right, a row without any, full.
+
+    A single item gets padding on the left and a hole at once.
+    """
     mask = np.ones(shape, np.int64)
-    if len(shape) < 2 or shape[-1] < 5:
+    if len(shape) < 2 or shape[-1] < 5 or not mask.size:
         return mask
     if not hostile:
         mask[0, ..., -2:] = 0
+        return mask
+    if shape[0] == 1:
+        mask[0, ..., 0] = mask[0, ..., 3:5] = 0
         return mask
     cuts = (slice(0, 2), slice(3, 5), slice(-3, None), slice(None))
     for item, cut in zip(range(shape[0] - 1), cuts, strict=False):

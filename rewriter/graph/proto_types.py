@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-un
 from rewriter.core.errors import ModelError
 from rewriter.graph.proto_walk import all_nodes, label
 
+MAX_INPUT = 2**31  # elements, counting axes without a size as one
 KNOWN_DTYPES = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 _AGAIN = "Export the model again"
 
@@ -23,7 +25,7 @@ def check_types(proto: onnx.ModelProto, file: Path) -> None:
         if value.name not in weights:
             _check_input(value, file)
     opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=1)
-    for node in all_nodes(proto):
+    for node in all_nodes(proto, functions=False):  # functions may import another version
         if node.domain in ("", "ai.onnx"):
             _check_attributes(node, opset, file)
 
@@ -55,6 +57,9 @@ def _check_input(value: onnx.ValueInfoProto, file: Path) -> None:
         raise ModelError(f"{file}: the input {value.name!r} is not a tensor", "Export the model with tensor inputs")
     if value.type.tensor_type.elem_type not in KNOWN_DTYPES:
         raise ModelError(f"{file}: the input {value.name!r} has no known dtype", _AGAIN)
+    sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
+    if any(size < 0 for size in sizes) or math.prod(sizes) > MAX_INPUT:
+        raise ModelError(f"{file}: the input {value.name!r} declares the impossible sizes {sizes}", _AGAIN)
 
 
 def _check_attributes(node: onnx.NodeProto, opset: int, file: Path) -> None:
@@ -67,7 +72,10 @@ def _check_attributes(node: onnx.NodeProto, opset: int, file: Path) -> None:
         if name not in given:
             raise ModelError(f"{file}: node {label(node)} ({node.op_type}) lacks its attribute {name!r}", _AGAIN)
     for name, attribute in given.items():
-        if name in types and attribute.type != types[name]:
+        if name not in types:
+            why = f"{file}: node {label(node)} ({node.op_type}) has the attribute {name!r}, unknown in opset {opset}"
+            raise ModelError(why, _AGAIN)
+        if attribute.type != types[name]:
             raise ModelError(f"{file}: attribute {name!r} of node {label(node)} has a wrong type", _AGAIN)
 
 

@@ -27,10 +27,10 @@ def _graph_nodes(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
             yield from _graph_nodes(list(graph.node))
 
 
-def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Every node of the model, in subgraphs and functions too."""
+def all_nodes(proto: onnx.ModelProto, functions: bool = True) -> Iterator[onnx.NodeProto]:
+    """Every node of the model, in subgraphs and, unless told otherwise, functions too."""
     yield from _graph_nodes(list(proto.graph.node))
-    for function in proto.functions:
+    for function in proto.functions if functions else ():
         yield from _graph_nodes(list(function.node))
 
 

@@ -13,8 +13,8 @@ SAVING = 8  # how many times shorter than the matrix the vector must be
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """numpy's matmul. A matrix that lies in memory as a short vector (``h[i, j] = line[a i + b j]``: a Hankel matrix, but
-    for its steps) multiplies in N log N: recognition puts such matrices in the place of large weights."""
+    """numpy's matmul. A matrix that lies in memory as a short vector (``h[i, j] = line[a i + b j]``, Hankel but
+    for its steps) multiplies in N log N: recognition puts such matrices in place of large weights."""
     if hankel(y) and x.ndim >= 2:
         return _times_hankel(x, y)
     if hankel(x) and y.ndim >= 2:
