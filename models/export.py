@@ -1,24 +1,30 @@
 """One model, written as ONNX by every exporter people use: what the recogniser has to read.
 
-A variant is a letter and an opset: ``l17`` is the TorchScript exporter, ``d18`` the dynamo exporter with dynamic axes,
-``s18`` the dynamo exporter with fixed shapes.
+A variant is a letter, an opset and perhaps a number format: ``l17`` is the TorchScript exporter with dynamic axes,
+``t17`` the same with fixed shapes, ``d18`` the dynamo exporter with dynamic axes, ``s18`` the same with fixed shapes.
+A last ``h`` or ``b`` is for modules turned to float16 or bfloat16 before they are exported.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
 from models.families.family import Example
 from models.quiet import quiet
 
-VARIANTS = ("l17", "d18", "d20", "d23", "d24", "s18")
+VARIANTS = ("l17", "t17", "d18", "d20", "d23", "d24", "s18")
+_VARIANT = re.compile(r"([ltds])(\d+)([hb]?)")
+_FORMATS = {"h": torch.float16, "b": torch.bfloat16}
 
 
 def export(build: Callable[[], Example], variant: str, path: Path) -> Example:
@@ -27,16 +33,37 @@ def export(build: Callable[[], Example], variant: str, path: Path) -> Example:
     `build` must make a new module each time: the TorchScript exporter can leave submodules in training mode, and a
     later export of the same object would hold active dropout.
     """
-    if variant[0] not in "lds" or not variant[1:].isdigit():
+    parts = _VARIANT.fullmatch(variant)
+    if parts is None:
         raise ValueError(f"unknown variant {variant!r}: write one like {', '.join(VARIANTS)}")
-    example, opset = build(), int(variant[1:])
+    exporter, opset, number_format = parts[1], int(parts[2]), parts[3]
+    example = cast(build(), variant)
     outputs = [f"o{i}" for i in range(len(example.outputs()))]
     with quiet(), torch.no_grad():
-        if variant[0] == "l":
-            _by_torchscript(example, opset, outputs, path)
+        if exporter in "lt":
+            _by_torchscript(example, opset, outputs, path, dynamic=exporter == "l")
         else:
-            _by_dynamo(example, opset, outputs, path, dynamic=variant[0] == "d")
+            _by_dynamo(example, opset, outputs, path, dynamic=exporter == "d")
     return example
+
+
+def convert_to_half(source: Path, target: Path, keep_interface: bool) -> None:
+    """Turn a float32 graph to float16 as ONNX Runtime's converter does: casts appear around what it keeps in float32.
+
+    With `keep_interface` inputs and outputs stay float32.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=keep_interface), target)
+
+
+def cast(example: Example, variant: str) -> Example:
+    """The example with weights and floating inputs in the number format of a variant."""
+    dtype = _FORMATS.get(variant[-1])
+    if dtype is None:
+        return example
+    inputs = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in example.inputs)
+    return replace(example, module=example.module.to(dtype), inputs=inputs)
 
 
 def deviation(example: Example, path: Path) -> float:
@@ -64,7 +91,8 @@ def run_plainly(path: Path, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]
     return list(session.run(None, {name: value for name, value in feeds.items() if name in wanted}))
 
 
-def _by_torchscript(example: Example, opset: int, outputs: list[str], path: Path) -> None:
+def _by_torchscript(example: Example, opset: int, outputs: list[str], path: Path, dynamic: bool) -> None:
+    axes = {name: dict(axes) for name, axes in zip(example.names, example.axes, strict=True) if axes}
     torch.onnx.export(
         example.module,
         example.inputs,
@@ -73,7 +101,7 @@ def _by_torchscript(example: Example, opset: int, outputs: list[str], path: Path
         opset_version=opset,
         input_names=list(example.names),
         output_names=outputs,
-        dynamic_axes={name: dict(axes) for name, axes in zip(example.names, example.axes, strict=True) if axes},
+        dynamic_axes=axes if dynamic else None,
         verbose=False,
     )
 

@@ -1,87 +1,76 @@
 """``python -m models.matrix``: every family by every exporter, what is recognised in it, and what others recognise.
 
-Exports are kept in a folder and made only once. The table has a row per graph: true attentions, ours by state, and how
-many ONNX Runtime's transformers optimizer (told the right model type) and onnxscript's fusions turn into one operator,
-with a mark where their graph no longer computes the same.
+Exports and the verdicts of others are kept in a folder and made only once, so that a run goes on where it was stopped.
+Exporters and other recognisers work in processes of their own with a time limit: a crash or a hang costs one cell. The
+rows have true attentions, ours by state, and how many ONNX Runtime's transformers optimizer (told the right model type)
+and onnxscript's fusions turn into one operator, with a mark where their graph no longer computes the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
-import io
-import logging
+import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 
-from models.export import export, run_plainly
-from models.families import FAMILIES, Family, Form
-from models.fixtures import write_pack
+from models.cells import PLAIN, Cell, cells, family_of, record_failure
+from models.fixtures import Pack, meaning, write_pack
+from models.rivals import RIVALS, Rival, Verdict
+from models.summary import Row, text
+from rewriter.runtimes.workers import Worker, WorkerFailure
 
-FUSED = frozenset(
-    ["Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"]
-)
-DEFAULT = ("l17", "d18", "d20", "d23", "d24", "s18")
-VARIED_SIZES = ("swin", "segformer", "mobilevit")
+LIMIT_S = 180.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export what is missing, recognise, compare, print; optionally write the tests' packs."""
-    parser = argparse.ArgumentParser(prog="python -m models.matrix", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("build/matrix"), help="where exports are kept")
-    parser.add_argument("--variants", default=",".join(DEFAULT), help="exporters and opsets, by commas")
-    parser.add_argument("--families", default="", help="names by commas (default: all)")
-    parser.add_argument("--ours", action="store_true", help="leave the other recognisers out")
-    parser.add_argument("--pack", type=Path, help="also write packs for the tests into this folder")
-    options = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)
+    options = _options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    totals: collections.Counter[tuple[str, str]] = collections.Counter()
-    packs: dict[str, dict[str, onnx.ModelProto]] = collections.defaultdict(dict)
-    print("graph | true | found | mapped | lowerable | optimizer | onnxscript")
-    chosen = [name for name in options.families.split(",") if name] or list(FAMILIES)
-    for family, form, variant in _cells(chosen, options.variants.split(",")):
-        path = options.output / f"{family.name}.{form}.{variant}.onnx"
-        if not _exported(family, form, variant, path):
-            continue
-        packs[variant][path.stem] = onnx.load(path)
-        row = {"true": family.attentions, **ours(path)} | ({} if options.ours else others(family, form, path))
-        totals.update({(variant, key): value for key, value in row.items() if isinstance(value, int)})
-        print(" | ".join([path.stem, *(str(value) for value in row.values())]), flush=True)
-    for (variant, key), count in sorted(totals.items()):
-        print(f"{variant} {key}: {count}")
+    variants = [name for name in options.variants.split(",") if name]
+    chosen = list(cells(variants, [name for name in options.families.split(",") if name]))
+    rows: list[Row] = []
+    with Worker("exporter", 1) as exporter, Worker("rival", 1) as rival:
+        print("graph | true | found | mapped | lowerable | optimizer | onnxscript")
+        for cell in chosen:
+            row = _row(cell, options.output, exporter, None if options.ours else rival)
+            rows.append(row)
+            print(row, flush=True)
+    print("\n" + text(rows))
+    if options.summary is not None:
+        options.summary.write_text(text(rows))
     if options.pack is not None:
-        for variant, models in packs.items():
-            write_pack(options.pack / f"{variant}.zip", models)
+        write_packs(options.pack, options.output, chosen)
     return 0
 
 
-def _cells(families: Sequence[str], variants: Sequence[str]) -> Iterator[tuple[Family, Form, str]]:
-    for variant in variants:
-        for name in families:
-            for form in FAMILIES[name].forms:
-                yield FAMILIES[name], form, variant
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m models.matrix", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/matrix"), help="where exports are kept")
+    parser.add_argument("--variants", default=",".join(PLAIN), help="exporters and opsets, by commas")
+    parser.add_argument("--families", default="", help="names by commas (default: all)")
+    parser.add_argument("--ours", action="store_true", help="leave the other recognisers out")
+    parser.add_argument("--summary", type=Path, help="also write the summary table into this file")
+    parser.add_argument("--pack", type=Path, help="also write packs for the tests into this folder")
+    return parser.parse_args(arguments)
 
 
-def _exported(family: Family, form: Form, variant: str, path: Path) -> bool:
-    """Whether the graph is there; what an exporter cannot export is tried only once."""
-    failed = path.with_suffix(".failed")
-    if not path.exists() and not failed.exists():
-        try:
-            export(lambda: family.build(form), variant, path)
-        except Exception as problem:  # noqa: BLE001 - exporters raise anything; it is recorded and shown
-            path.unlink(missing_ok=True)
-            failed.write_text(f"{type(problem).__name__}: {problem}")
-    if failed.exists():
-        print(f"{path.stem} | not exported: {failed.read_text().splitlines()[0][:100]}", flush=True)
-    return path.exists()
+def _row(cell: Cell, folder: Path, exporter: Worker, rival: Worker | None) -> Row:
+    path = cell.path(folder)
+    if not path.exists() and not cell.failure(folder):
+        done = exporter.call("models.cells:make", cell, folder, timeout_s=LIMIT_S)
+        if isinstance(done, WorkerFailure):
+            record_failure(cell, folder, str(done))
+    if not path.exists():
+        return Row(cell, family_of(cell), failure=cell.failure(folder))
+    states = exporter.call("models.matrix:ours", path, timeout_s=LIMIT_S)
+    if isinstance(states, WorkerFailure):
+        return Row(cell, family_of(cell), failure=f"recognition: {states}")
+    verdicts = {name: _verdict(name, cell, path, rival) for name in RIVALS} if rival is not None else {}
+    return Row(cell, family_of(cell), states, verdicts)
 
 
 def ours(path: Path) -> dict[str, int]:
@@ -96,65 +85,37 @@ def ours(path: Path) -> dict[str, int]:
     return {"found": len(states), "mapped": mapped, "lowerable": lowerable}
 
 
-def others(family: Family, form: Form, path: Path) -> dict[str, int | str]:
-    """Attentions fused by ONNX Runtime's optimizer and by onnxscript; text where the result is wrong."""
-    example = family.build(form)
-    feeds = {name: tensor.numpy() for name, tensor in zip(example.names, example.inputs, strict=True)}
-    before = _fused(onnx.load(path))
-    ways: dict[str, Callable[[], onnx.ModelProto]] = {
-        "optimizer": lambda: _by_optimizer(path, family),
-        "onnxscript": lambda: _by_onnxscript(path),
-    }
-    try:
-        expected = run_plainly(path, feeds)
-    except Exception as problem:  # noqa: BLE001 - a graph the runtime refuses is recorded as such
-        return dict.fromkeys(ways, f"not run: {type(problem).__name__}")
-    return {name: _verdict(way, feeds, expected, before) for name, way in ways.items()}
+def _verdict(name: Rival, cell: Cell, path: Path, worker: Worker) -> Verdict:
+    """A rival's verdict on a graph, from an earlier run where there is one for this file."""
+    kept = path.with_suffix(f".{name}.json")
+    if kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime:
+        return Verdict(**json.loads(kept.read_text()))
+    verdict = worker.call("models.rivals:judge", name, cell, path, timeout_s=LIMIT_S)
+    if isinstance(verdict, WorkerFailure):
+        verdict = Verdict(0, "failed", str(verdict)[:200])
+    assert isinstance(verdict, Verdict)
+    kept.write_text(json.dumps(asdict(verdict)))
+    return verdict
 
 
-def _verdict(
-    make: Callable[[], onnx.ModelProto], feeds: dict[str, np.ndarray], expected: list[Any], before: int
-) -> int | str:
-    try:
-        model = make()
-    except Exception as problem:  # noqa: BLE001 - recorded in the table
-        return f"0 ({type(problem).__name__})"
-    found = _fused(model) - before
-    if not found:
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fused.onnx"
-        onnx.save(model, path)
-        try:
-            error = max(float(np.abs(a - b).max()) for a, b in zip(run_plainly(path, feeds), expected, strict=True))
-        except Exception as problem:  # noqa: BLE001 - recorded in the table
-            return f"{found} that do not run ({type(problem).__name__})"
-    return found if error < 1e-3 else f"{found} WRONG by {error:.1g}"
-
-
-def _fused(model: onnx.ModelProto) -> int:
-    return sum(node.op_type in FUSED for node in model.graph.node)
-
-
-def _by_optimizer(path: Path, family: Family) -> onnx.ModelProto:
-    from onnxruntime.transformers import optimizer
-
-    # where sizes differ between stages the optimizer has to find them itself
-    heads, width = (0, 0) if family.name in VARIED_SIZES else (4, 64 if "neox" in family.name else 48)
-    with contextlib.redirect_stdout(io.StringIO()):
-        fused = optimizer.optimize_model(
-            str(path), model_type=family.ort_model_type, num_heads=heads, hidden_size=width, opt_level=0
-        )
-    return fused.model
-
-
-def _by_onnxscript(path: Path) -> onnx.ModelProto:
-    import onnx_ir
-    from onnxscript.rewriter import ort_fusions
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        result = ort_fusions.optimize_for_ort(onnx_ir.load(path))
-    return onnx_ir.serde.serialize_model(result[0] if isinstance(result, tuple) else result)
+def write_packs(target: Path, folder: Path, chosen: Sequence[Cell]) -> None:
+    """Write the packs of these cells. A graph that another cell also says is kept once."""
+    target.mkdir(parents=True, exist_ok=True)
+    first: dict[str, str] = {}
+    packs: dict[str, Pack] = {}
+    for cell in chosen:
+        pack = packs.setdefault(cell.pack, Pack({}, {}, {}))
+        if not cell.path(folder).exists():
+            pack.failed[cell.name] = cell.failure(folder)
+            continue
+        model = onnx.load(cell.path(folder))
+        like = first.setdefault(meaning(model), cell.name)
+        if like == cell.name:
+            pack.models[cell.name] = model
+        else:
+            pack.same[cell.name] = like
+    for name, pack in packs.items():
+        write_pack(target / f"{name}.tar.xz", pack)
 
 
 if __name__ == "__main__":

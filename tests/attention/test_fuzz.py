@@ -30,7 +30,7 @@ ODD_DIMS = ([], [0], [1], [2, 0], [3, 5, 7], [2**31, 2**31], [-1])
 
 @cache
 def seeds() -> dict[str, onnx.ModelProto]:
-    return {name: model for name, model in read_pack(FIXTURES / "l17.zip") if name in SEEDS}
+    return {name: model for name, model in read_pack(FIXTURES / "l17.tar.xz").models.items() if name in SEEDS}
 
 
 def mutate(model: onnx.ModelProto, draw: st.DrawFn) -> None:
