@@ -50,5 +50,9 @@ def wrong_variants(site: RaisedSite) -> Iterator[tuple[str, RaisedSite]]:
     for role in ("query", "key"):
         norm = getattr(site, role).norm
         if norm is not None:
-            wrong = replace(norm, gain_D=np.roll(norm.gain_D, 1, -1))
-            yield f"moving the gains of the {role} norm", replace(site, **{role: replace(getattr(site, role), norm=wrong)})
+            uneven = float(np.ptp(norm.gain_D, axis=-1).max()) > 1e-6 * float(np.abs(norm.gain_D).max())
+            wrong = replace(norm, gain_D=np.roll(norm.gain_D, 1, -1) if uneven else 2 * norm.gain_D)
+            yield (
+                f"moving the gains of the {role} norm",
+                replace(site, **{role: replace(getattr(site, role), norm=wrong)}),
+            )

@@ -121,9 +121,7 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     if norm is not None and late:
         value = _head_norm(b, norm, value, role, final)
     if projection.past:
-        value = b.op(
-            "Concat", projection.past, value, output="" if projection.places else projection.present, axis=2
-        )
+        value = b.op("Concat", projection.past, value, output="" if projection.places else projection.present, axis=2)
     return _placed(b, projection, value) if projection.places else value
 
 

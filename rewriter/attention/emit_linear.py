@@ -29,10 +29,16 @@ def read_source(b: Builder, projection: Projection, width: int) -> str:
 def write_output(b: Builder, output: OutputProjection, features: str, precision: Precision) -> None:
     """``features @ weight + bias`` under the graph's name of the result, in its layout."""
     heads, dim, width = output.weight_HDC.shape
+    as_is = _as_is(output)
+    if output.bare:
+        if as_is:
+            b.op("Identity", features, output=output.value)
+        else:
+            _lay_out(b, output, features, width)
+        return
     inputs = [features, b.constant(output.weight_HDC.reshape(heads * dim, width), "output.weight")]
     if output.bias_C is not None:
         inputs.append(b.constant(output.bias_C, "output.bias"))
-    as_is = output.rank == 3 and not output.time_first and not output.channels_first
     result = b.declare(linear(b, inputs, precision, output.value if as_is else ""), None, None, width)
     if not as_is:
         _lay_out(b, output, result, width)
@@ -46,7 +52,7 @@ def emit_linear_site(b: Builder, site: LinearSite) -> None:
     if not site.features:
         bias = np.zeros(width) if output.bias_C is None else output.bias_C
         lead = b.op("Slice", b.op("Shape", source), b.ints(0), b.ints(2))
-        as_is = output.rank == 3 and not output.time_first and not output.channels_first
+        as_is = _as_is(output)
         shape, last = b.joined([lead, b.ints(width)]), output.value if as_is else ""
         result = b.op("Expand", b.constant(bias, "output.bias"), shape, output=last)
         if not as_is:
@@ -71,7 +77,15 @@ def _source_width(site: LinearSite) -> int:
     return int(weight.shape[0])
 
 
+def _as_is(output: OutputProjection) -> bool:
+    return output.rank == 3 and not output.time_first and not output.channels_first
+
+
 def _lay_out(b: Builder, output: OutputProjection, result: str, width: int) -> None:
+    if output.apart:
+        cut = b.op("Reshape", result, b.ints(0, 0, output.apart, width // output.apart))
+        b.op("Transpose", cut, output=output.value, perm=list(output.perm))
+        return
     if output.channels_first:
         _channels_first(b, output, result, width)
         return

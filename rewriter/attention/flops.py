@@ -44,7 +44,7 @@ def _attention(site: AttentionSite, batch: int, queries: int, keys: int) -> Cost
     for projection, tokens in ((site.query, queries), (site.key, keys), (site.value, keys)):
         flops += 2 * batch * tokens * _weights(projection)
         parameters += _weights(projection) + (0 if projection.bias_GD is None else projection.bias_GD.size)
-    if site.output is not None:
+    if site.output is not None and not site.output.bare:
         flops += 2 * batch * queries * site.output.weight_HDC.size
         parameters += site.output.weight_HDC.size + (0 if site.output.bias_C is None else site.output.bias_C.size)
     return Cost(flops, core, parameters)

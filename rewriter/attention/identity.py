@@ -105,6 +105,8 @@ def _by_row(site: AttentionSite, limits_BS: torch.Tensor, expected: torch.Tensor
     output = site.output
     if output is None or limits_BS.numel() * output.weight_HDC.shape[-1] != expected.numel():
         return TOLERANCE
+    if output.apart:
+        return limits_BS[:, :, None, None].permute(output.perm)
     if output.channels_first:
         return limits_BS.reshape(expected.shape[0], 1, *expected.shape[2:])
     return (limits_BS.T if output.time_first else limits_BS).reshape(*expected.shape[:-1], 1)

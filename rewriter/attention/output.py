@@ -1,4 +1,9 @@
-"""From the attention result to its output projection: which rows of W_O each head feeds."""
+"""From the attention result to its output projection: which rows of W_O each head feeds.
+
+Where a gate, a norm or a sum comes before any projection, or none follows at all, the result is the attended values
+themselves, at the last value that still holds one row for each token. It is described as a projection by the identity,
+so that rewrites of values and results keep their meaning.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +23,29 @@ from rewriter.core.site import Array, OutputProjection
 
 @dataclass(frozen=True)
 class RaisedOutput:
-    """The output projection and its node. The factor its path multiplies by is already in the weights."""
+    """The output projection and its node, if any. The factor its path multiplies by is already in the weights."""
 
     projection: OutputProjection
-    linear: Linear
+    linear: Linear | None
 
 
 def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor: float, source: str) -> RaisedOutput:
     """The output projection of an attention result laid out as `context` says.
 
     `factor` is what the value path multiplies by; `source` names the query input, whose leading axes a result with
-    several token axes takes. Raises `Refused` if anything but a view lies between, or if the result is read elsewhere.
+    several token axes takes. Raises `Refused` if there is none and the attended values have no layout of a result.
     """
+    try:
+        return _projected(trace, context, heads, batch, factor, source)
+    except Refused:
+        bare = _bare(trace, context, heads, batch, factor, source)
+        if bare is None:
+            raise
+        return RaisedOutput(bare, None)
+
+
+def _projected(trace: Trace, context: Operand, heads: int, batch: int, factor: float, source: str) -> RaisedOutput:
+    """Raises `Refused` if anything but a view lies between, or if the result is read elsewhere."""
     node = _single_linear(trace, context.name)
     linear = read_linear(trace, node, batched=False)
     data = inputs_of(node)[0]
@@ -57,6 +73,55 @@ def raise_output(trace: Trace, context: Operand, heads: int, batch: int, factor:
         channels_first=linear.channels_first,
     )
     return RaisedOutput(projection, linear)
+
+
+def _bare(
+    trace: Trace, context: Operand, heads: int, batch: int, factor: float, source: str
+) -> OutputProjection | None:
+    """The attended values as a projection by the identity, or by a permutation; None if no value has a fit layout."""
+    dim = context.arrange(trace.value(context.name)).shape[-1]
+    for value in reversed(_views_of(trace, context.name)):
+        shape, view = trace.shape(value), view_between(trace, context.name, value)
+        for channels_first in (False, True) if view is not None and not view.offset.any() else ():
+            fits = len(shape) >= 3 and shape[1 if channels_first else -1] == heads * dim
+            if not fits or (len(shape) > 3 and not _same_tokens(trace, source, value, channels_first)):
+                continue
+            element = view.element.reshape(shape)
+            if channels_first:
+                element = element.reshape(shape[0], shape[1], -1).transpose(0, 2, 1)
+            try:
+                rows_HD, time_first = _rows(trace, context, heads * dim, element, heads, batch)
+            except Refused:
+                continue
+            weight_HDC = (factor * view.factor * np.eye(heads * dim))[rows_HD]
+            return OutputProjection(
+                value=value,
+                weight_HDC=stored(weight_HDC, np.dtype(np.float32)),
+                rank=len(shape),
+                time_first=time_first,
+                flatten_like=source if len(shape) > 3 else "",
+                channels_first=channels_first,
+            )
+    if len(context.axes) != 4 or context.lead != (batch, heads) or context.new or context.split:
+        return None
+    # (B, S, H, D) as the product lays it out
+    perm = tuple((0, 2, 1, 3)[axis] for axis in np.argsort(context.axes))
+    weight_HDC = stored((factor * np.eye(heads * dim)).reshape(heads, dim, -1), np.dtype(np.float32))
+    return OutputProjection(value=context.name, weight_HDC=weight_HDC, rank=4, apart=heads, perm=perm)
+
+
+def _views_of(trace: Trace, context: str) -> list[str]:
+    """The attended values and what views make of them, as long as nothing else reads them."""
+    found = [context]
+    while found[-1] not in trace.outputs:
+        readers = [node for node in trace.consumers[found[-1]] if node.op_type not in SHAPES]
+        if len(readers) != 1 or readers[0].op_type not in VIEWS or inputs_of(readers[0])[0] != found[-1]:
+            break
+        made = outputs_of(readers[0])
+        if len(made) != 1 or trace.size(made[0]) != trace.size(found[-1]):
+            break
+        found += made
+    return found
 
 
 def _same_tokens(trace: Trace, source: str, result: str, channels_first: bool) -> bool:

@@ -252,10 +252,15 @@ def _normed_across(linear: Linear, inner: Raised, norm: HeadNorm, order_GD: Arra
 def scaled_per_head(raised: Raised, factors: tuple[float, ...]) -> Raised:
     """The queries with a factor of their own for every head; raises `Refused` where weights cannot take it."""
     projection, linear = raised.projection, raised.linear
-    plain = linear is not None and projection.norm is None and projection.head_of == tuple(range(len(factors)))
-    if not plain or linear is None or projection.weight_CGD is None:
+    plain = linear is not None and projection.head_of == tuple(range(len(factors)))
+    across = projection.norm is not None and projection.norm.across_heads
+    if not plain or across or linear is None or projection.weight_CGD is None:
         raise Refused("scale-per-head", "heads are scaled differently, and their weights cannot take the factors")
-    factors_H1, bias_GD = np.array(factors)[:, None], projection.bias_GD
+    factors_H1, bias_GD, norm = np.array(factors)[:, None], projection.bias_GD, projection.norm
+    if norm is not None:
+        bias_D = None if norm.bias_D is None else stored(factors_H1 * norm.bias_D, linear.dtype)
+        norm = replace(norm, gain_D=stored(factors_H1 * norm.gain_D, linear.dtype), bias_D=bias_D)
+        return replace(raised, projection=replace(projection, norm=norm))
     weight_CGD = linear.scaled(projection.weight_CGD, factors_H1)
     bias_GD = None if bias_GD is None else stored(factors_H1 * bias_GD, bias_GD.dtype)
     return replace(raised, projection=replace(projection, weight_CGD=weight_CGD, bias_GD=bias_GD))
@@ -270,8 +275,9 @@ def _turned(
     if norm is not None:
         # a norm is not linear: what scales its input stays in the weights
         projection = _scaled(linear, projection, view.factor) if view.factor != 1.0 else projection
+        norm = norm.keep_heads(sorted(set(turned.head_of)))
         bias_D = None if norm.bias_D is None else stored(norm.bias_D, linear.dtype)
-        norm = HeadNorm(norm.kind, stored(norm.gain_D, linear.dtype), bias_D, norm.epsilon)
+        norm = replace(norm, gain_D=stored(norm.gain_D, linear.dtype), bias_D=bias_D)
         factor = turned.factor
     return Raised(replace(projection, norm=norm, rotary=turned.rotary), factor, batch, linear)
 
@@ -282,7 +288,7 @@ def _turn_after(
     start, later = chain[0], chain[1:]
     norm, behind = None, start
     for name in later:  # the last value that still is the norm: gains and biases come after
-        found = find_norm(trace, start, name)
+        found = find_norm(trace, start, name, axes.index(1))
         norm, behind = (found, name) if found else (norm, behind)
     wanted = trace.value(behind).transpose(axes)
     for name in chain[chain.index(behind) :]:
@@ -291,6 +297,25 @@ def _turn_after(
                 turned = find_turn(trace, name, operand, batch, order)
                 if turned and (norm or turned.rotary):
                     return norm, turned
+    return None if norm else _norm_after_turn(trace, chain, axes, operand, batch)
+
+
+def _norm_after_turn(
+    trace: Trace, chain: list[str], axes: tuple[int, ...], operand: Operand, batch: int
+) -> tuple[HeadNorm, Turned] | None:
+    """A rotation first, then a norm of the turned heads (HunYuan)."""
+    straight = (0, 1, 2, 3)
+    for place, name in enumerate(chain[1:], 1):
+        shape = trace.shape(name)
+        target = Operand(name, straight, shape[:2])
+        turned = find_turn(trace, chain[0], target, batch, axes) if len(shape) == 4 else None
+        if turned is None or turned.rotary is None or abs(turned.factor - 1.0) > 1e-12:
+            continue
+        for later in reversed(chain[place + 1 :]):
+            norm = find_norm(trace, name, later, 1)
+            rest = find_turn(trace, later, operand, batch) if norm else None
+            if norm and rest and rest.rotary is None and turned.head_of == tuple(range(shape[1])):
+                return replace(norm, after_rotation=True), replace(rest, rotary=turned.rotary)
     return None
 
 

@@ -100,11 +100,12 @@ def _description(site: RaisedSite) -> str:
     parts += [site.heads, site.scale, site.softcap, site.bias.kind, site.bias.heads_axis, site.bias.folded]
     parts += [site.empty_rows, site.mask, site.causal, site.position, site.cross, site.example_shape]
     parts += [site.output.rank, site.output.time_first, site.output.weight_HDC.shape, bool(site.escapes)]
+    parts += [site.output.perm, site.output.bare]
     return repr(parts)
 
 
 def _projection(p: Projection) -> tuple[Any, ...]:
     shape = None if p.weight_CGD is None else p.weight_CGD.shape
-    norm = None if p.norm is None else (p.norm.kind, p.norm.epsilon)
+    norm = None if p.norm is None else (p.norm.kind, p.norm.epsilon, p.norm.gain_D.shape, p.norm.after_rotation)
     turn = None if p.rotary is None else (p.rotary.size, p.rotary.interleaved, p.rotary.sign, p.rotary.table_form)
     return shape, p.bias_GD is None, p.time_first, p.flatten, norm, turn, bool(p.past), bool(p.present), p.head_of

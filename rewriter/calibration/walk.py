@@ -252,6 +252,8 @@ def rows_of(
     def flat(value: Tensor | None) -> Tensor | None:
         if value is None:
             return None
+        if layout is not None and layout.apart:
+            value = value.permute([layout.perm.index(axis) for axis in range(4)]).flatten(2)
         if layout is not None and layout.channels_first:
             value = value.flatten(2).transpose(1, 2)
         width = value.shape[-1]

@@ -40,9 +40,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A norm over the dims of one head, between projection and rotation.
+    """A norm over the dims of one head, between projection and rotation, or after the rotation.
 
-    With `across_heads` it is one norm over the dims of all heads together, and gain and bias are (G, D).
+    With `across_heads` it is one norm over the dims of all heads together, and gain and bias are (G, D). So are they
+    where every head has gains of its own.
     """
 
     kind: Literal["layer", "rms"]
@@ -50,6 +51,19 @@ class HeadNorm:
     bias_D: Array | None
     epsilon: float
     across_heads: bool = False
+    after_rotation: bool = False
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has gains of its own."""
+        return self.gain_D.ndim == 2 and not self.across_heads
+
+    def keep_heads(self, heads: Sequence[int]) -> HeadNorm:
+        """The norm for only these heads of the operand."""
+        if not self.per_head:
+            return self
+        bias_D = None if self.bias_D is None else self.bias_D[list(heads)]
+        return replace(self, gain_D=self.gain_D[list(heads)], bias_D=bias_D)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class Projection:
             self,
             weight_CGD=np.ascontiguousarray(self.weight_CGD[:, left]),
             bias_GD=None if self.bias_GD is None else self.bias_GD[left],
+            norm=None if self.norm is None else self.norm.keep_heads(left),
             rotary=None if self.rotary is None else self.rotary.keep_heads(left),
             head_of=tuple(left.index(u) for u in used),
         )
@@ -186,3 +201,13 @@ class OutputProjection:
     time_first: bool = False
     flatten_like: str = ""
     channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
+    apart: int = 0  # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`
+    perm: tuple[int, ...] = ()
+
+    @property
+    def bare(self) -> bool:
+        """Whether the features themselves are the result: the graph has no projection here, and none was made."""
+        heads, dim, width = self.weight_HDC.shape
+        if self.weight_name or self.bias_C is not None or heads * dim != width:
+            return False
+        return bool(np.array_equal(self.weight_HDC.reshape(width, width), np.eye(width)))

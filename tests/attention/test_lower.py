@@ -141,10 +141,10 @@ def test_a_fragment_runs_on_a_stepper(name: str) -> None:
 
 
 def test_a_site_without_output_is_refused() -> None:
-    graph = exported.block(gated=True)
+    graph = exported.block()
     (site,) = recognise(graph).attention
     with pytest.raises(Refused, match="output"):
-        lower(graph, [site])
+        lower(graph, [replace(site, output=None)])
 
 
 def test_lowered_graphs_survive_saving(tmp_path) -> None:

@@ -85,11 +85,12 @@ def test_exposed_probabilities_are_mapped_but_not_lowerable() -> None:
     assert [problem.code for problem in site.problems] == ["exposed-probabilities"]
 
 
-def test_a_gate_after_the_values_leaves_it_found() -> None:
+def test_a_gate_after_the_values_makes_them_the_result() -> None:
     (site,) = exported.recognised(exported.block(gated=True)).attention
-    assert site.state is State.FOUND
-    assert site.output is None
-    assert site.problems[0].code == "output-path"
+    assert site.state is State.LOWERABLE
+    assert site.output is not None
+    assert site.output.bare
+    assert not site.output.weight_name
 
 
 def test_head_mixing_is_found_not_rewritten() -> None:
