@@ -8,12 +8,13 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewriter.core.errors import ModelError, UserError
 from rewriter.graph.onnx import OnnxGraph, load
@@ -21,23 +22,51 @@ from rewriter.graph.onnx import OnnxGraph, load
 OPSET = 20
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A torch model as a graph, with the program it was written from, and that program as the exporter decomposed it.
+
+    Nodes of the graph carry the names of the decomposed program's nodes in their metadata (``pkg.torch.onnx.*``).
+    """
+
+    graph: OnnxGraph
+    program: torch.export.ExportedProgram
+    decomposed: torch.export.ExportedProgram | None
+
+
 def from_torch(
     model: nn.Module | torch.export.ExportedProgram,
-    inputs: Sequence[Tensor] = (),
+    inputs: Sequence[Any] = (),
     input_names: Sequence[str] = (),
     dynamic_shapes: Any = None,
     opset: int = OPSET,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> OnnxGraph:
     """The graph of a torch model.
 
-    `model` is a module or an `fx.GraphModule` (`inputs` are then one example of what it takes), or an
-    `ExportedProgram`, decomposed or not. `dynamic_shapes` is what `torch.export.export` takes; without it the axes of
-    a module's example are fixed. Raises `UserError` if the exporter is not installed or an example is missing,
-    `ModelError` if torch cannot export the model.
+    `model` is a module or an `fx.GraphModule` (`inputs` and `kwargs` are then one example of what it takes, tensors or
+    tuples, lists and dicts of them), or an `ExportedProgram`, decomposed or not. `dynamic_shapes` is what
+    `torch.export.export` takes; without it the axes of a module's example are fixed. Raises `UserError` if the
+    exporter is not installed or an example is missing, `ModelError` if torch cannot export the model.
     """
+    return export_torch(model, inputs, input_names, dynamic_shapes, opset, kwargs).graph
+
+
+def export_torch(
+    model: nn.Module | torch.export.ExportedProgram,
+    inputs: Sequence[Any] = (),
+    input_names: Sequence[str] = (),
+    dynamic_shapes: Any = None,
+    opset: int = OPSET,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Like `from_torch`, with what the graph was written from."""
     if importlib.util.find_spec("onnxscript") is None:
         raise UserError("torch models need onnxscript", "Install it: pip install 'attention-rewriter[models]'")
-    program = model if isinstance(model, torch.export.ExportedProgram) else _program(model, inputs, dynamic_shapes)
+    if isinstance(model, torch.export.ExportedProgram):
+        program = model
+    else:
+        program = _program(model, inputs, kwargs, dynamic_shapes)
     options: dict[str, Any] = {"input_names": list(input_names)} if input_names else {}
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "model.onnx"
@@ -51,24 +80,36 @@ def from_torch(
         for value in graph.constants.values():
             if value.const_value is not None:
                 value.const_value.numpy()  # mapped while the file is there; the mapping outlives its name
-    return graph
+    return Exported(graph, program, written.exported_program)
 
 
-def _program(model: nn.Module, inputs: Sequence[Tensor], dynamic_shapes: Any) -> torch.export.ExportedProgram:
-    if not inputs:
-        raise UserError("a torch module needs an example of its inputs", "Give inputs=(tensor, ...)")
-    # what torch.export has made is in evaluation mode for good, and refuses to be told so
-    settled = isinstance(model, torch.fx.GraphModule)
+def _program(
+    model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
+    if not inputs and not kwargs:
+        what = "a torch module needs an example of its inputs"
+        raise UserError(what, "Give inputs=(tensor, ...) or kwargs={name: tensor}")
     was_training = model.training
+    settled = not _evaluated(model)
     try:
         with _quiet(), torch.no_grad():
-            evaluated = model if settled else model.eval()
-            return torch.export.export(evaluated, tuple(inputs), dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(
+                model, tuple(inputs), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as problem:
         raise _failed("exported", problem) from problem
     finally:
         if not settled:
             model.train(was_training)
+
+
+def _evaluated(model: nn.Module) -> bool:
+    """Put a module into evaluation mode; False for what torch.export has made, which refuses to be told."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _failed(what: str, problem: Exception) -> ModelError:

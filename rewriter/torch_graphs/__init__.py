@@ -1,0 +1,1 @@
+"""Torch graphs: recognised through ONNX, rewritten in place as fx."""
