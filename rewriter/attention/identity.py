@@ -17,7 +17,7 @@ from rewriter.attention.trace import Trace
 from rewriter.attention.weights import Borrowed
 from rewriter.core.errors import UserError
 from rewriter.core.refusal import Refusal, Refused
-from rewriter.core.site import Array, AttentionSite, FeedForwardSite, RaisedSite, State
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, RaisedSite, ScoreBias, State
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, reads
 
@@ -67,7 +67,18 @@ def local_problem(trace: Trace, site: RaisedSite) -> Refusal | None:
 def unnoticed(trace: Trace, site: RaisedSite) -> set[str]:
     """The wrong variants of a site that give what the site gives on the values of a run: what it cannot prove."""
     expected = trace.env[result_of(site)]
-    return {what for what, wrong in wrong_variants(exact(site)) if not _noticed(trace, wrong, expected)}
+    own = exact(site)
+    if isinstance(own, AttentionSite) and _neutral(trace, own.bias):
+        own = replace(own, bias=ScoreBias())
+    return {what for what, wrong in wrong_variants(own) if not _noticed(trace, wrong, expected)}
+
+
+def _neutral(trace: Trace, bias: ScoreBias) -> bool:
+    """Whether what a graph adds to scores is nothing in this run: exporters write masks that hide no key."""
+    if bias.kind not in ("value", "bool") or bias.also_causal or bias.padding or bias.window:
+        return False
+    value = trace.env[bias.value]
+    return bool(value.all()) if bias.kind == "bool" else not bool(value.any())
 
 
 def telling(trace: Trace, site: RaisedSite) -> bool:
