@@ -46,7 +46,7 @@ _COLOURS = re.compile(r"\x1b\[\d*m")
 class Cell:
     """One export. Its name is ``family.form.variant``.
 
-    Variants are those of `models.export`, and ``c`` or ``k`` after one that has no number format: a converter turned the
+    Variants are those of `models.export`, and ``c`` or ``k`` after one without number format: a converter turned the
     float32 export to float16, inputs and outputs too, or kept those in float32.
     """
 

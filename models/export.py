@@ -36,7 +36,7 @@ def export(build: Callable[[], Example], variant: str, path: Path) -> Example:
     parts = _VARIANT.fullmatch(variant)
     if parts is None:
         raise ValueError(f"unknown variant {variant!r}: write one like {', '.join(VARIANTS)}")
-    exporter, opset, number_format = parts[1], int(parts[2]), parts[3]
+    exporter, opset = parts[1], int(parts[2])
     example = cast(build(), variant)
     outputs = [f"o{i}" for i in range(len(example.outputs()))]
     with quiet(), torch.no_grad():

@@ -77,7 +77,11 @@ BIAS_DEPENDS = {
     "deberta_v2": {"bias-depends-on-query", "bias-depends-on-key"},
     "sam_vision": {"bias-depends-on-query", "bias-depends-on-key"},
 }
-PROBLEMS = BIAS_DEPENDS | dict.fromkeys(EXPOSED, {"exposed-probabilities"}) | dict.fromkeys(MIXED, {"head-mixing"})
+PROBLEMS = {
+    **BIAS_DEPENDS,
+    **{family: {"exposed-probabilities"} for family in EXPOSED},
+    **{family: {"head-mixing"} for family in MIXED},
+}
 HEADS = {"swin": {2, 4}, "segformer": {2, 4}}
 KV_HEADS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2"), 2) | {"falcon": 1}
 POSITION = dict.fromkeys(
