@@ -27,6 +27,8 @@ BATCHES = (2, 5, 3)
 IMAGE_SIDES, SOUND_SAMPLES = (32, 64, 128), (400, 1200)
 LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
 MOST_ELEMENTS = 2**27
+# for attention over windows and blocks, whose lengths must be multiples
+WHOLE_LENGTHS = ((12, 16, 32, 64, 96, 128), (24, 48, 80, 160), (36, 144, 64, 96))
 STEP = 200  # nodes between two looks at what may be dropped
 TRACED = frozenset(
     [
@@ -122,7 +124,8 @@ def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
             distinct = {kind: lengths[i % len(lengths)] for i, kind in enumerate(kinds)}
             for chosen in (distinct, *_sums(distinct)):
                 yield Sizes({**{name: chosen[alike[name]] for name in free}, **leading})
-        for length in (lengths[0], *(long * (round_ + 1) for long in _long_lengths(graph))):
+        long = [length * (round_ + 1) for length in _long_lengths(graph)]
+        for length in (lengths[0], *WHOLE_LENGTHS[round_], *long):
             yield Sizes({**dict.fromkeys(free, length), **leading})
 
 
@@ -167,9 +170,17 @@ class Run:
 
 
 def usable_feeds(
-    interpreter: Interpreter, paths: Paths, example: Mapping[str, Array] | None, seed: int
+    interpreter: Interpreter,
+    paths: Paths,
+    example: Mapping[str, Array] | None,
+    seed: int,
+    failures: list[str] | None = None,
 ) -> list[Run] | None:
-    """Feeds of three sizes that the graph takes, the second and third with hostile masks; None if it takes none."""
+    """Feeds of three sizes that the graph takes, the second and third with hostile masks; None if it takes none.
+
+    What went wrong with feeds that the graph did not take is added to `failures`.
+    """
+    failures = [] if failures is None else failures
     graph, found = interpreter.graph, list[Run]()
     known = roles(graph)
     if example is not None:
@@ -182,14 +193,14 @@ def usable_feeds(
             if _too_large(graph, sizes):
                 continue
             feeds = draw(graph, sizes, known, seed + round_, round_ > 0, example)
-            run = _tried(interpreter, paths, feeds, sizes)
+            run = _tried(interpreter, paths, feeds, sizes, failures)
             if run is not None and _as_declared(graph, run, sizes):
                 usable = run
                 break
             second_best = second_best or run
         usable = usable or second_best
         if usable is None and example is not None:
-            usable = _tried(interpreter, paths, dict(example), None)
+            usable = _tried(interpreter, paths, dict(example), None, failures)
         if usable is None:
             return None
         found.append(usable)
@@ -213,13 +224,16 @@ def _as_declared(graph: OnnxGraph, run: Run, sizes: Sizes) -> bool:
     return all(declared == actual for declared, actual in pairs)
 
 
-def _tried(interpreter: Interpreter, paths: Paths, feeds: dict[str, Array], sizes: Sizes | None) -> Run | None:
+def _tried(
+    interpreter: Interpreter, paths: Paths, feeds: dict[str, Array], sizes: Sizes | None, failures: list[str]
+) -> Run | None:
     try:
         values = Values(interpreter, paths, feeds)
         for end in range(0, len(paths.nodes) + STEP, STEP):
             values.advance(end)
             values.prune(end)
-    except UserError:
+    except UserError as problem:
+        failures.append(problem.what)
         return None
     return Run(feeds, values.shapes, sizes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,10 @@ class Product:
     result: Operand
     factor: float = 1.0
 
+    def columns_first(self) -> Product:
+        """The same product with left and right exchanged, its result read as (lead, columns, rows)."""
+        return replace(self, left=self.right, right=self.left, result=self.result.swapped())
+
 
 def matrix_product(trace: Trace, node: ir.Node) -> Product:
     """Left and right operand of a MatMul or of an Einsum that is one; raises `Refused` for anything else."""
@@ -105,10 +110,9 @@ def _order(node: ir.Node, side: str, rank: int) -> tuple[int, ...]:
 def _einsum_product(trace: Trace, node: ir.Node) -> Product:
     """Axes that only one operand has are shared too, but for the last of each in the result: rows and columns."""
     equation = node.attributes["equation"].as_string().replace(" ", "")
-    if "->" not in equation or "." in equation:
+    if "->" not in equation:
         raise Refused("product-form", f"einsum {equation}")
-    terms, result = equation.split("->")
-    left, right = terms.split(",")
+    left, right, result = _spelled_out(equation, [len(trace.shape(name)) for name in inputs_of(node)])
     rows = [c for c in result if c in left and c not in right][-1:]
     columns = [c for c in result if c in right and c not in left][-1:]
     shared = [c for c in result if c not in (*rows, *columns)]
@@ -131,6 +135,20 @@ def _einsum_product(trace: Trace, node: ir.Node) -> Product:
         operand(names[1], right, [*columns, *inner]),
         operand(outputs_of(node)[0], result, [*rows, *columns]),
     )
+
+
+def _spelled_out(equation: str, ranks: Sequence[int]) -> tuple[str, str, str]:
+    """The terms of an equation of two operands, with letters in place of dots."""
+    terms, result = equation.split("->")
+    left, right = terms.split(",")
+    hidden = max((rank - len(t) + 3 for t, rank in zip((left, right), ranks, strict=True) if "..." in t), default=0)
+    free = [c for c in string.ascii_letters if c not in equation][:hidden]
+
+    def spelled(term: str, rank: int) -> str:
+        dots = rank - len(term) + 3
+        return term.replace("...", "".join(free[len(free) - dots :] if dots else ""))
+
+    return spelled(left, ranks[0]), spelled(right, ranks[1]), result.replace("...", "".join(free))
 
 
 def slots(operand: Operand, array: Array, batch: int) -> Array:

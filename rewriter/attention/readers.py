@@ -28,6 +28,7 @@ AFTER_SOFTMAX = frozenset(
         "Clip",
         "Expand",
         "Flatten",
+        "Pad",
     ]
 )
 BEFORE_SOFTMAX = frozenset(
@@ -56,6 +57,7 @@ BEFORE_SOFTMAX = frozenset(
         "Neg",
         "Split",
         "ScatterND",
+        "ScatterElements",
         "Flatten",
         "Gather",
     ]

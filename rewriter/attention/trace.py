@@ -16,7 +16,7 @@ from rewriter.attention.paths import Paths
 from rewriter.attention.recipes import Ledger
 from rewriter.attention.values import Values
 from rewriter.attention.weights import Weights
-from rewriter.core.site import Array
+from rewriter.core.site import Array, AttentionSite
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, reads
 
@@ -96,6 +96,7 @@ class Trace:
         self.interpreter = interpreter or drawn(graph, self.paths)
         self.env = Values(self.interpreter, self.paths, feeds)
         self.recipes: Ledger = {}
+        self.loops: dict[str, tuple[str, AttentionSite | None]] = {}  # what joins heads: first anchor and site
         self.nodes, self.producer, self.consumers = self.paths.nodes, self.paths.producer, self.paths.consumers
         self.outputs = {spec.name for spec in graph.outputs}
         self.inputs = {spec.name for spec in graph.inputs}
@@ -205,6 +206,8 @@ class Trace:
     def data_inputs(self, node: ir.Node) -> list[str]:
         """The inputs that carry data, without shapes, indices and conditions."""
         names = inputs_of(node)
+        if node.op_type in ("ScatterND", "ScatterElements"):
+            return [names[0], names[2]]
         if node.op_type in DATA_FIRST:
             return names[:1]
         return names[1:] if node.op_type == "Where" else [name for name in names if name]
@@ -218,7 +221,13 @@ class Trace:
         return name
 
     def weight_dtype(self, name: str) -> np.dtype[np.generic]:
-        """The dtype that the model stores a constant in (the trace itself is float64)."""
+        """The dtype in which the model computes with a constant (the trace itself is float64)."""
+        node = self.producer.get(name)
+        while node is not None and node.op_type in VIEWS and inputs_of(node):
+            if node.op_type == "Cast":
+                return ir.DataType(node.attributes["to"].as_int()).numpy()
+            name = inputs_of(node)[0]
+            node = self.producer.get(name)
         constant = self.graph.constant(self.original_initializer(name))
         return np.dtype(np.float32) if constant is None or constant.dtype.kind not in "fV" else constant.dtype
 

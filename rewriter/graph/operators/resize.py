@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rewriter.graph.operators.registry import Call, ints, operator, sized
 
@@ -144,3 +145,13 @@ def _cubic(d: Tensor, a: float) -> Tensor:
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+
+@operator("GridSample")
+def grid_sample(call: Call, x: Tensor, grid: Tensor) -> Tensor:
+    """Values of (B, C, space...) at places (B, ..., axes) between -1 and 1."""
+    mode, padding = str(call.get("mode", "bilinear")).removeprefix("bi"), call.get("padding_mode", "zeros")
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
+    if mode not in ("bilinear", "nearest", "bicubic") or (mode == "bicubic" and x.ndim != 4):
+        raise call.unsupported(f"mode {call.get('mode')}")
+    return functional.grid_sample(x, grid.to(x.dtype), mode, padding, align_corners=bool(call.get("align_corners", 0)))
