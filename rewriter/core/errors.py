@@ -48,6 +48,10 @@ class OptionError(UserError):
     """An unknown or contradictory option: target, metric, pass, shape."""
 
 
+class DeviceError(UserError):
+    """A device that is not here cannot be had, or vanished and did not come back."""
+
+
 class OutputError(UserError):
     """The result cannot be written: folder in use by something else, no room on disk."""
 

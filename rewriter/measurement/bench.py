@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import resource
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rewriter.runtimes.base import of_spec
-from rewriter.runtimes.worker_main import fetch, store
+from rewriter.measurement.memory import own_peak_bytes
+from rewriter.runtimes.base import Clocked, of_spec, stopwatch
+from rewriter.runtimes.worker_main import discard, fetch, store
 from rewriter.runtimes.workers import Worker, WorkerFailure
 
 _HERE = "rewriter.measurement.bench"
+_CALLS, _EXECUTABLE = f"{_HERE}:calls:", f"{_HERE}:executable:"
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Block:
-    """Seconds of single runs, and during how many of them the system gave the core to somebody else."""
+    """Seconds of single runs, and during how many of them the system gave the core to somebody else.
+
+    `reconnections`: how often a device elsewhere vanished and a run was repeated.
+    """
 
     runs_s: tuple[float, ...]
     preempted: int = 0
+    reconnections: int = 0
 
 
 class Bench(Protocol):
@@ -62,33 +67,38 @@ class Bench(Protocol):
 
 
 class WorkerBench:
-    """A subject in a worker process of its own."""
+    """A subject in a worker process of its own, or in `shared` where its device lends itself to one process only."""
 
-    def __init__(self, subject: Subject, threads: int, cores: Sequence[int], timeout_s: float) -> None:
-        self._subject, self._timeout_s = subject, timeout_s
-        self._worker = Worker(subject.name, threads, cores=cores)
+    def __init__(
+        self, subject: Subject, threads: int, cores: Sequence[int], timeout_s: float, shared: Worker | None = None
+    ) -> None:
+        self._subject, self._timeout_s, self._shared = subject, timeout_s, shared
+        self._worker = shared or Worker(subject.name, threads, cores=cores)
 
     def open(self) -> WorkerFailure | None:
         """Load the artifact in the worker."""
         s = self._subject
-        arguments = (s.runtime, s.artifact, s.feeds, self._worker.threads)
+        arguments = (s.name, s.runtime, s.artifact, s.feeds, self._worker.threads)
         result: WorkerFailure | None = self._worker.call(f"{_HERE}:open_subject", *arguments, timeout_s=self._timeout_s)
         return result
 
     def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
         """Time a block in the worker, by its own clock."""
         result: Block | WorkerFailure
-        result = self._worker.call(f"{_HERE}:run_block", runs, warm_up, timeout_s=self._timeout_s)
+        result = self._worker.call(f"{_HERE}:run_block", self._subject.name, runs, warm_up, timeout_s=self._timeout_s)
         return result
 
     def peak_bytes(self) -> int | None:
         """As the worker's process reports it."""
-        result = self._worker.call("rewriter.measurement.memory:own_peak_bytes", timeout_s=self._timeout_s)
+        result = self._worker.call(f"{_HERE}:peak_bytes", self._subject.name, timeout_s=self._timeout_s)
         return result if isinstance(result, int) else None
 
     def close(self) -> None:
-        """End the worker."""
-        self._worker.close()
+        """End the worker, or let go of the subject in a shared one."""
+        if self._shared is None:
+            self._worker.close()
+        elif self._shared.pid is not None:
+            self._worker.call(f"{_HERE}:close_subject", self._subject.name, timeout_s=self._timeout_s)
 
 
 def save_feeds(batches: Sequence[Mapping[str, Any]], folder: Path) -> tuple[Path, ...]:
@@ -107,18 +117,26 @@ def load_feeds(path: Path) -> dict[str, np.ndarray]:
         return {name: archive[name] for name in archive.files}
 
 
-def open_subject(runtime: str, artifact: Path, feeds: Sequence[Path], threads: int) -> None:
+def open_subject(name: str, runtime: str, artifact: Path, feeds: Sequence[Path], threads: int) -> None:
     """In the worker: load, bind every batch of feeds, and run each once."""
     executable = of_spec(runtime).load(artifact, threads)
-    calls = [executable.bind(load_feeds(path)) for path in feeds]
+    calls = [stopwatch(executable, load_feeds(path)) for path in feeds]
     for call in calls:
         call()
-    store(_HERE, itertools.cycle(calls))
+    store(_CALLS + name, itertools.cycle(calls))
+    store(_EXECUTABLE + name, executable)
 
 
-def run_block(runs: int, warm_up: int) -> Block:
+def close_subject(name: str) -> None:
+    """In the worker: forget a subject."""
+    discard(_CALLS + name)
+    discard(_EXECUTABLE + name)
+
+
+def run_block(name: str, runs: int, warm_up: int) -> Block:
     """In the worker: a block, feeds in turn, the garbage collector off."""
-    calls: Iterator[Callable[[], None]] = fetch(_HERE)
+    calls: Iterator[Callable[[], float]] = fetch(_CALLS + name)
+    before = _reconnections(name)
     for call in itertools.islice(calls, warm_up):
         call()
     gc.collect()
@@ -127,13 +145,24 @@ def run_block(runs: int, warm_up: int) -> Block:
         timed = [_timed(call) for call in itertools.islice(calls, runs)]
     finally:
         gc.enable()
-    return Block(tuple(seconds for seconds, _ in timed), sum(preempted for _, preempted in timed))
+    runs_s, preempted = tuple(seconds for seconds, _ in timed), sum(preempted for _, preempted in timed)
+    return Block(runs_s, preempted, _reconnections(name) - before)
 
 
-def _timed(call: Callable[[], None]) -> tuple[float, bool]:
-    switches, begun = _switches(), time.perf_counter()
-    call()
-    return time.perf_counter() - begun, _switches() > switches
+def peak_bytes(name: str) -> int | None:
+    """In the worker: its own peak memory; None when the executable runs elsewhere."""
+    return None if isinstance(fetch(_EXECUTABLE + name), Clocked) else own_peak_bytes()
+
+
+def _reconnections(name: str) -> int:
+    executable = fetch(_EXECUTABLE + name)
+    return executable.reconnections if isinstance(executable, Clocked) else 0
+
+
+def _timed(call: Callable[[], float]) -> tuple[float, bool]:
+    switches = _switches()
+    seconds = call()
+    return seconds, _switches() > switches
 
 
 def _switches() -> int:

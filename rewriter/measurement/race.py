@@ -123,7 +123,9 @@ def compare(measurements: Mapping[str, Measurement], baseline: str, confidence: 
 def _disturbance(blocks: Sequence[Block]) -> dict[str, str]:
     """How many runs another process interrupted: on a quiet machine next to none."""
     runs = sum(len(block.runs_s) for block in blocks)
-    return {"runs": str(runs), "preempted_runs": str(sum(block.preempted for block in blocks))}
+    lost = sum(block.reconnections for block in blocks)
+    found = {"runs": str(runs), "preempted_runs": str(sum(block.preempted for block in blocks))}
+    return found | ({"device_reconnections": str(lost)} if lost else {})
 
 
 class _Contest:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rewriter.runtimes.base import of_spec
+from rewriter.runtimes.base import of_spec, stopwatch
 
 
 def time_together(
@@ -33,16 +33,16 @@ def time_together(
     runs = []
     for artifact, feed in zip(artifacts, feeds, strict=True):
         with np.load(feed, allow_pickle=False) as arrays:
-            runs.append(engine.load(Path(artifact), threads).bind({name: arrays[name] for name in arrays.files}))
+            loaded = engine.load(Path(artifact), threads)
+            runs.append(stopwatch(loaded, {name: arrays[name] for name in arrays.files}))
     rng = np.random.default_rng(seed)
     samples: list[list[float]] = [[] for _ in runs]
     end_s = time.perf_counter() + budget_s
     for index in range(rounds + 2):
         for which in rng.permutation(len(runs)):
-            start_s = time.perf_counter()
-            runs[which]()
+            seconds = runs[which]()
             if index >= 2:
-                samples[which].append(time.perf_counter() - start_s)
+                samples[which].append(seconds)
         if time.perf_counter() > end_s and index >= 6:
             break
     return samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -49,6 +50,31 @@ class Runtime(Protocol):
     def load(self, artifact: Path, threads: int) -> Executable:
         """Load what `build` returned, to run on `threads` threads."""
         ...
+
+
+@runtime_checkable
+class Clocked(Protocol):
+    """An executable that does not run in this process and measures time itself, where it runs."""
+
+    reconnections: int
+
+    def bind_clock(self, feeds: Feeds) -> Callable[[], float]:
+        """Like `Executable.bind`, but each run returns its seconds by the clock of where it ran."""
+        ...
+
+
+def stopwatch(executable: Executable, feeds: Feeds) -> Callable[[], float]:
+    """Runs on these inputs and returns the seconds that took, whenever it is called."""
+    if isinstance(executable, Clocked):
+        return executable.bind_clock(feeds)
+    once, now = executable.bind(feeds), time.perf_counter
+
+    def timed() -> float:
+        begun = now()
+        once()
+        return now() - begun
+
+    return timed
 
 
 @runtime_checkable

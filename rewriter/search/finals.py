@@ -9,10 +9,11 @@ from pathlib import Path
 from rewriter.core.errors import UserError
 from rewriter.core.measurement import Decision, Interval, decide, speedup
 from rewriter.core.options import Runtime
-from rewriter.measurement.bench import Subject, save_feeds
+from rewriter.measurement.bench import Subject, WorkerBench, save_feeds
 from rewriter.measurement.race import Progress, RaceResult, Rules, race
 from rewriter.runtimes.standard import to_standard
-from rewriter.search.session import ONNXRUNTIME, ONNXRUNTIME_INT8, TVM, Session
+from rewriter.runtimes.workers import Worker
+from rewriter.search.session import ONNXRUNTIME, ONNXRUNTIME_INT8, Session
 from rewriter.search.variant import Variant
 
 ORIGINAL = "original"
@@ -75,10 +76,11 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
     A variant or rival that cannot be built is left out with a note. With `rivals`, ONNX Runtime on the untouched model
     (fp32 and dynamic int8) and on the variants takes part.
     """
+    here = not session.target.remote
     feeds = save_feeds(session.workload.feeds, session.folder / "feeds")
     asked = session.options.runtime
     subjects: dict[str, Subject] = {}
-    notes: list[str] = []
+    notes: list[str] = [] if here else ["ONNX Runtime was not timed: it is not on the device"]
 
     def enter(name: str, runtime: str, variant: Variant | None) -> None:
         try:
@@ -89,19 +91,22 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
 
     for variant in variants:
         if asked != "onnxruntime":
-            enter(variant.name, TVM, variant)
-    if rivals or asked != "tvm" or ORIGINAL not in subjects:
+            enter(variant.name, session.engine, variant)
+    if here and (rivals or asked != "tvm" or ORIGINAL not in subjects):
         enter(RIVAL, ONNXRUNTIME, None)
         for variant in variants:
             if variant.name != ORIGINAL:
                 enter(under_onnxruntime(variant.name), ONNXRUNTIME, variant)
-    if rivals:
+    if here and rivals:
         enter(RIVAL_INT8, ONNXRUNTIME_INT8, None)
 
     def report(state: Progress) -> None:
         session.progress.advance(min(1.0, state.elapsed_s / rules.budget_s))
 
-    result = race(list(subjects.values()), threads=session.target.threads, rules=rules, progress=report)
+    threads = session.target.threads
+    with Worker("device", threads) as shared:
+        apart = None if here else lambda one: WorkerBench(one, threads, (), rules.timeout_s, shared)
+        result = race(list(subjects.values()), threads=threads, rules=rules, progress=report, open_bench=apart)
     notes += [f"{name} failed while being timed: {failure}" for name, failure in result.failures.items()]
     session.variants_timed += len(result)
     return Finals(result, subjects, asked, notes)
@@ -111,5 +116,5 @@ def _built(session: Session, name: str, runtime: str, variant: Variant | None) -
     label = name.replace("@", "-").replace(" ", "-")
     if variant is None:
         return session.build(session.graph, label, runtime)
-    graph = variant.graph if runtime == TVM else to_standard(variant.graph)
+    graph = variant.graph if runtime == session.engine else to_standard(variant.graph)
     return session.build(graph, label, runtime)

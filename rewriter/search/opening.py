@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from threadpoolctl import threadpool_limits
 from rewriter.accuracy.splits import Splits, split
 from rewriter.attention.recognise import recognise
 from rewriter.calibration.data import Dataset, load_data
-from rewriter.core.errors import ModelError, OptionError
+from rewriter.core.errors import DeviceError, ModelError, OptionError
 from rewriter.core.options import Options
 from rewriter.core.progress import Progress
 from rewriter.core.site import Recognition, State
+from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph, load
 from rewriter.report.output import check_room
 from rewriter.runtimes.tvm.target import detect
-from rewriter.runtimes.workers import Worker
+from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.selection import select_passes
 from rewriter.search.session import Session
 from rewriter.search.workload import choose_workload
 
+_DEVICE_LIMIT_S = 60.0
 _BUILD_MEMORY_BYTES = 16 * 2**30
 
 
@@ -34,7 +37,9 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
     notes: list[str] = []
     if options.runtime != "tvm" and options.runtime not in ("onnxruntime", "auto"):
         raise OptionError(f"unknown runtime {options.runtime!r}", "Choose tvm, onnxruntime or auto")
-    target = detect(options.target, options.threads)
+    target = detect(options.target, options.threads, away=options.rpc is not None)
+    if options.rpc is not None:
+        target = _lent(target, options)
     selection = select_passes(options.passes, options.precision, target)
     with progress.stage("load", f"reading {model}"):
         graph = load(model)
@@ -53,10 +58,28 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
         Worker("build", 1, _BUILD_MEMORY_BYTES) as builder,
         Worker("timer", target.threads) as timer,
     ):
+        if target.remote:
+            _check_device(timer, target)
         yield Session(
             options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
             notes=notes,
         )  # fmt: skip
+
+
+def _lent(target: Target, options: Options) -> Target:
+    """The target as the device that a tracker lends."""
+    if target.kind != "llvm":
+        raise OptionError("only processors are timed through RPC", "Compile for a GPU with --compile-only")
+    if options.runtime != "tvm":
+        raise OptionError(f"--runtime {options.runtime} cannot be timed through RPC", "Use --runtime tvm")
+    return replace(target, remote=f"{options.rpc}/{options.key}")
+
+
+def _check_device(timer: Worker, target: Target) -> None:
+    """Raises `DeviceError` before anything was searched if the device cannot be had."""
+    found = timer.call("rewriter.runtimes.tvm.remote:check", target.remote, timeout_s=_DEVICE_LIMIT_S)
+    if isinstance(found, WorkerFailure):
+        raise DeviceError(f"asking for the device {target.remote} failed: {found}", "Check the tracker and its log")
 
 
 def _data(graph: OnnxGraph, options: Options) -> Dataset | None:

@@ -28,7 +28,7 @@ from rewriter.search.refine import UNIFORM, Trial, refine
 from rewriter.search.scoring import Scorer, spread
 from rewriter.search.selection import PRECISION
 from rewriter.search.sensitivity import LocalErrors, build_problem, slopes
-from rewriter.search.session import TVM, Session
+from rewriter.search.session import Session
 from rewriter.search.structure import blank_statistics, restructure
 from rewriter.search.variant import Variant, merge
 
@@ -193,12 +193,12 @@ def cost_table(session: Session) -> CostTable:
     threads = session.target.threads
 
     def build(graph: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
-        return session.build(graph, name, TVM, shapes)
+        return session.build(graph, name, session.engine, shapes)
 
     def time_all(artifacts: Sequence[Any], feeds: Sequence[Any]) -> list[list[float]]:
         paths = ([str(path) for path in artifacts], [str(path) for path in feeds])
         answer = session.timer.call(
-            "rewriter.measurement.together:time_together", TVM, *paths, threads, timeout_s=300.0
+            "rewriter.measurement.together:time_together", session.engine, *paths, threads, timeout_s=300.0
         )
         if isinstance(answer, WorkerFailure):
             session.notes.append(f"a group of options could not be timed: {answer}")

@@ -27,6 +27,7 @@ from rewriter.search.selection import Selection
 from rewriter.search.workload import Workload
 
 TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
+TVM_REMOTE = "rewriter.runtimes.tvm.remote:TvmRemote"
 ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
 ONNXRUNTIME_INT8 = "rewriter.runtimes.onnxruntime:OnnxRuntimeInt8"
 
@@ -55,14 +56,20 @@ class Session:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def engine(self) -> str:
+        """The TVM runtime of the target: in processes here, or on the device that a tracker lends."""
+        return TVM_REMOTE if self.target.remote else TVM
+
+    @property
     def lowerable(self) -> tuple[Any, ...]:
         """The sites that may be rewritten."""
         return tuple(site for site in self.recognition.sites if site.state is State.LOWERABLE)
 
     def build(
-        self, graph: OnnxGraph, name: str, runtime: str = TVM, shapes: Mapping[str, tuple[int, ...]] | None = None
+        self, graph: OnnxGraph, name: str, runtime: str = "", shapes: Mapping[str, tuple[int, ...]] | None = None
     ) -> Path:
-        """Build an artifact in a guarded worker; raises `ModelError` when the engine fails on this graph."""
+        """Build an artifact in a guarded worker, for `engine` unless told; `ModelError` when that fails."""
+        runtime = runtime or self.engine
         saved = graph.save(self.folder / f"{name}.onnx")
         wanted = self.workload.shapes if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"

@@ -53,8 +53,8 @@ def _check_machine(folder: Path, machine: Mapping[str, str]) -> None:
         raise ModelError(f"{folder} was compiled for {machine['arch']}, this machine is {here}", hint)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked manifest of an artifact: complete, unaltered, and made for this processor and this TVM.
+def read_manifest(folder: Path, here: bool = True) -> dict[str, Any]:
+    """The checked manifest of an artifact: complete, unaltered, made for this TVM and, if `here`, this processor.
 
     Raises `ModelError` for everything else, before any code of the artifact is loaded.
     """
@@ -72,8 +72,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has format {found}, this program reads {FORMAT}", rebuild)
     if built_with != versions():
         raise ModelError(f"{folder} was built with {built_with}, installed is {versions()}", rebuild)
-    _check_machine(folder, manifest.get("machine", {}))
-    missing = missing_features(needed)
+    if here:
+        _check_machine(folder, manifest.get("machine", {}))
+    missing = missing_features(needed) if here else ()
     if missing:
         raise ModelError(f"{folder} needs a processor with {', '.join(missing)}, which this one lacks", rebuild)
     for name in (CODE, WEIGHTS):

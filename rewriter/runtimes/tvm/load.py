@@ -55,9 +55,14 @@ class TvmExecutable:
         self._order = [spec["name"] for spec in self.inputs]
         self.output_names = [output["name"] for output in manifest["outputs"]]
         self.buckets: list[dict[str, Any]] = sorted(manifest["buckets"], key=_volume)
-        self._module = tvm.runtime.load_module(str(folder / CODE))
-        self._weights = read_weights(folder / WEIGHTS)
+        self._weights: dict[str, Any] = {}
         self._local = threading.local()
+        self._open()
+
+    def _open(self) -> None:
+        """Load code and weights to where they run."""
+        self._module = tvm.runtime.load_module(str(self.folder / CODE))
+        self._weights = read_weights(self.folder / WEIGHTS)
 
     # ---- one run
 
