@@ -18,7 +18,7 @@ from rewriter.attention.lengths import draw_lengths, length_of, table_of
 from rewriter.attention.paths import Paths
 from rewriter.attention.sizes import Sizes
 from rewriter.attention.values import Values
-from rewriter.core.errors import UserError
+from rewriter.core.errors import UnsupportedOperator, UserError
 from rewriter.core.site import Array
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, TensorSpec
@@ -181,6 +181,16 @@ def usable_feeds(
     What went wrong with feeds that the graph did not take is added to `failures`.
     """
     failures = [] if failures is None else failures
+    try:
+        return _three_runs(interpreter, paths, example, seed, failures)
+    except UnsupportedOperator as problem:  # no other feeds would help
+        failures.append(problem.what)
+        return None
+
+
+def _three_runs(
+    interpreter: Interpreter, paths: Paths, example: Mapping[str, Array] | None, seed: int, failures: list[str]
+) -> list[Run] | None:
     graph, found = interpreter.graph, list[Run]()
     known = roles(graph)
     if example is not None:
@@ -232,6 +242,8 @@ def _tried(
         for end in range(0, len(paths.nodes) + STEP, STEP):
             values.advance(end)
             values.prune(end)
+    except UnsupportedOperator:
+        raise
     except UserError as problem:
         failures.append(problem.what)
         return None

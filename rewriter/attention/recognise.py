@@ -93,9 +93,10 @@ def _joined(found: Recognition, others: list[Recognition]) -> Recognition:
 def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
     paths = Paths(graph)
     interpreter = drawn(graph, paths)
-    runs = usable_feeds(interpreter, paths, feeds, seed)
+    failures: list[str] = []
+    runs = usable_feeds(interpreter, paths, feeds, seed, failures)
     if runs is None:
-        return _nothing(graph)
+        return _nothing(graph, failures)
     first, second, third = runs
     remember(graph, first.shapes, second.shapes)
     trace = Trace(graph, first.feeds, interpreter)
@@ -170,7 +171,8 @@ def _named(sites: list[RaisedSite]) -> list[RaisedSite]:
     return named
 
 
-def _nothing(graph: OnnxGraph) -> Recognition:
-    refusal = Refusal("no-feeds", "the graph did not take any feeds drawn for it; give an example of its inputs")
+def _nothing(graph: OnnxGraph, failures: list[str]) -> Recognition:
+    first = f" ({failures[0]})" if failures else ""
+    refusal = Refusal("no-feeds", f"the graph took none of the inputs drawn for it{first}; give an example of them")
     softmaxes = [node for node in graph.topological() if node.op_type in ("Softmax", "Attention")]
     return Recognition((), (), tuple(Unrecognised(label(node), refusal) for node in softmaxes))

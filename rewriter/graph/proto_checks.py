@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 
 from rewriter.core.errors import ModelError
+from rewriter.graph.proto_functions import check_functions
 from rewriter.graph.proto_tensors import check_tensor
 from rewriter.graph.proto_types import check_texts, check_types
 from rewriter.graph.proto_walk import all_graphs, all_nodes, all_tensors, label, subgraphs
@@ -24,8 +25,10 @@ def check_proto(proto: onnx.ModelProto, file: Path) -> None:
     check_texts(proto, file)
     _check_versions(proto, file)
     check_types(proto, file)
+    check_functions(proto, file)
     _check_names(proto.graph, file, set(), "the graph")
-    if any(graph.sparse_initializer for graph in all_graphs(proto)):
+    sparse = any(attribute.HasField("sparse_tensor") for node in all_nodes(proto) for attribute in node.attribute)
+    if sparse or any(graph.sparse_initializer for graph in all_graphs(proto)):
         raise ModelError(f"{file} has sparse weights", "Export it with dense weights")
     for tensor in all_tensors(proto):
         check_tensor(tensor, file)

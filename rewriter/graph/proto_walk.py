@@ -20,18 +20,19 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
-def _graph_nodes(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nodes_within(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of the graphs they hold."""
     for node in nodes:
         yield node
         for graph in subgraphs(node):
-            yield from _graph_nodes(list(graph.node))
+            yield from nodes_within(list(graph.node))
 
 
 def all_nodes(proto: onnx.ModelProto, functions: bool = True) -> Iterator[onnx.NodeProto]:
     """Every node of the model, in subgraphs and, unless told otherwise, functions too."""
-    yield from _graph_nodes(list(proto.graph.node))
+    yield from nodes_within(list(proto.graph.node))
     for function in proto.functions if functions else ():
-        yield from _graph_nodes(list(function.node))
+        yield from nodes_within(list(function.node))
 
 
 def all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:

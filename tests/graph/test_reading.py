@@ -32,6 +32,18 @@ def _set(holder: object, **fields: object) -> None:
         setattr(holder, name, value)
 
 
+def _sparse_constant(proto: onnx.ModelProto) -> None:
+    _node_type(proto, "Constant", onnx.AttributeProto(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR))
+    proto.graph.node[0].attribute[0].sparse_tensor.SetInParent()
+    proto.graph.node[0].ClearField("input")
+
+
+def _sizes(proto: onnx.ModelProto, *sizes: int) -> None:
+    proto.graph.input[0].type.tensor_type.shape.ClearField("dim")
+    for size in sizes:
+        proto.graph.input[0].type.tensor_type.shape.dim.add(dim_value=size)
+
+
 Damage = Callable[[onnx.ModelProto], object]
 DAMAGE: list[tuple[Damage, str]] = [
     (lambda m: m.graph.ClearField("output"), "the graph has no outputs"),
@@ -53,6 +65,10 @@ DAMAGE: list[tuple[Damage, str]] = [
     (lambda m: _set(m.graph.input[0].type.tensor_type, elem_type=0), "the input 'x' has no known dtype"),
     (lambda m: _node_type(m, "Cast"), r"node 'a' \(Cast\) lacks its attribute 'to'"),
     (lambda m: _node_type(m, "Cast", helper.make_attribute("to", "float")), "'to' of node 'a' has a wrong type"),
+    (lambda m: _node_type(m, "Relu", helper.make_attribute("to", 1)), "has the attribute 'to', unknown in opset 17"),
+    (lambda m: _sizes(m, -3), r"the input 'x' declares the impossible sizes \[-3\]"),
+    (lambda m: _sizes(m, 2**40), "the input 'x' declares the impossible sizes"),
+    (_sparse_constant, "has sparse weights"),
 ]
 
 
@@ -72,6 +88,28 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
     graph = load(written(tmp_path, proto_of(FUNCTION)))
     assert [node.op_type for node in graph.topological()] == ["Add", "Add"]
     np.testing.assert_allclose(Interpreter(graph).run({"x": numbers(3)})["y"], 4 * numbers(3), rtol=1e-6)
+
+
+def test_functions_that_call_themselves_or_grow_without_measure(tmp_path: Path) -> None:
+    cycle = proto_of(FUNCTION)
+    cycle.functions[0].node[0].op_type = "twice"
+    cycle.functions[0].node[0].domain = "local"
+    cycle.functions[0].opset_import.add(domain="local", version=1)
+    with pytest.raises(ModelError, match="the function local::twice calls itself"):
+        load(written(tmp_path, cycle))
+    bomb = proto_of(FUNCTION)
+    for depth in range(30):
+        wider = bomb.functions.add()
+        wider.CopyFrom(bomb.functions[0])
+        wider.name = f"twice{depth}"
+        inner = f"twice{depth - 1}" if depth else "twice"
+        wider.ClearField("node")
+        wider.node.add(op_type=inner, domain="local", input=["a"], output=["m"])
+        wider.node.add(op_type=inner, domain="local", input=["m"], output=["b"])
+        wider.opset_import.add(domain="local", version=1)
+    bomb.graph.node[0].op_type = "twice29"
+    with pytest.raises(ModelError, match="its functions make 1073741825 nodes"):
+        load(written(tmp_path, bomb))
 
 
 def test_the_long_name_of_the_standard_domain(tmp_path: Path) -> None:

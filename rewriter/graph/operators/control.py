@@ -9,6 +9,8 @@ from torch import Tensor
 from rewriter.graph.operators.registry import Call, Environment, operator
 from rewriter.graph.tensors import torch_dtype
 
+MOST_ROUNDS = 20_000
+
 
 @operator("If", scoped=True)
 def if_else(call: Call, env: Environment, condition: Tensor) -> list[Tensor]:
@@ -27,6 +29,8 @@ def loop(
     going = condition is None or bool(condition)
     carried, emitted, step = list(state), [], 0
     while going and (limit is None or step < limit):
+        if step == MOST_ROUNDS:
+            raise call.unsupported(f"it goes on for more than {MOST_ROUNDS} rounds")
         inputs = [torch.tensor(step), torch.tensor(going), *carried]
         results = call.run_graph(body, {**env, **dict(zip(names, inputs, strict=True))})
         going, carried = bool(results[0]), results[1 : 1 + len(carried)]
