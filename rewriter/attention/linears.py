@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -68,8 +68,7 @@ class Linear:
         result = np.float64(factor) * array
         if self.ledger is None:
             return stored(result, array.dtype)
-        recipe = self.ledger[id(array)][1]
-        self.ledger[id(result)] = result, replace(recipe, factor=recipe.factor * factor)
+        self.ledger[id(result)] = result, self.ledger[id(array)][1].times(factor)
         return np.asarray(result)
 
     def _cut(self, axis: int, order: Array, factor: float) -> Array:

@@ -24,14 +24,38 @@ class Recipe:
     factor: float | Array
     dtype: np.dtype[np.generic]
 
-    def make(self, matrix: Array) -> Array:
+    def times(self, factor: float | Array) -> Recipe:
+        """The weight times a factor."""
+        return replace(self, factor=self.factor * factor)
+
+    def make(self, matrix_of: Callable[[str], Array]) -> Array:
         """The weight from the model's own matrix: a view of it where that is possible."""
+        matrix = matrix_of(self.value)
         picked = pick(matrix.T if self.transposed else matrix, self.order, self.axis)
         return (
             picked
             if np.ndim(self.factor) == 0 and self.factor == 1.0
             else stored(picked.astype(np.float64) * self.factor, self.dtype)
         )
+
+
+@dataclass(frozen=True)
+class Joined(Recipe):
+    """Weights one after the other along `axis`, each by its recipe, or as it is; then times `factor`."""
+
+    parts: tuple[Recipe | Array, ...] = ()
+
+    @classmethod
+    def of(cls, parts: tuple[Recipe | Array, ...], axis: int, dtype: np.dtype[np.generic]) -> Joined:
+        """The parts as they are."""
+        return cls("", False, axis, np.zeros(0), 1.0, dtype, parts)
+
+    def make(self, matrix_of: Callable[[str], Array]) -> Array:
+        """All of them from the model's own matrices."""
+        made = [part.make(matrix_of) if isinstance(part, Recipe) else part for part in self.parts]
+        whole = np.concatenate(made, self.axis)
+        plain = np.ndim(self.factor) == 0 and self.factor == 1.0
+        return whole if plain else stored(whole.astype(np.float64) * self.factor, self.dtype)
 
 
 def stored(array: Array, dtype: np.dtype[np.generic]) -> Array:
@@ -73,7 +97,7 @@ def with_own_weights(site: RaisedSite, ledger: Ledger, matrix_of: Callable[[str]
 
     def exchanged(part: Any) -> Any:
         entry = ledger.get(id(part))
-        return entry[1].make(matrix_of(entry[1].value)) if entry is not None else part
+        return entry[1].make(matrix_of) if entry is not None else part
 
     def inside(part: Any) -> Any:
         names = [f.name for f in fields(part)]

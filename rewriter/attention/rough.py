@@ -1,4 +1,4 @@
-"""Sites of attention that is not understood in full: operands, heads and dims are known, and the reason why no more is."""
+"""Sites of attention that is not understood in full: operands, heads and dims are known, and why no more is."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,10 +98,11 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
             raise Refused("score-rank", f"something is added to scores with {zero.ndim} axes")
         rank = zero.ndim
         return ScoreBias("path", product, scores, full_shape=True, heads_axis=heads, product_rank=rank, lead=lead)
-    filled = _filled(trace, product, scores) if zero.ndim == 4 else None
-    if filled:
-        return filled
     folded = zero.ndim == 3
+    filled = _filled(trace, product, scores) if zero.ndim == 4 or heads == 1 else None
+    if filled:
+        # a condition of three axes is (batch, queries, keys)
+        return replace(filled, folded=True) if folded and len(trace.shape(filled.value)) == 3 else filled
     added = _added_value(trace, product, scores)
     if added:
         shape = trace.shape(added)
@@ -109,7 +110,7 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
             return ScoreBias("value", added, heads_axis=shape[-3] if len(shape) > 2 else 1)
         if len(shape) < 3 or shape[0] == 1:
             return ScoreBias("value", added)
-        if shape == zero.shape:
+        if shape == zero.shape or heads == 1:
             return ScoreBias("value", added, heads_axis=heads, folded=True)
     tiny = np.zeros([1] * len(trace.shape(product)))
     small = _try_probe(trace, product, scores, tiny) if not folded else None

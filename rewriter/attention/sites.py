@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from rewriter.attention.anchors import Anchor, softmax_anchor, surroundings
 from rewriter.attention.cores import Core, assemble, raise_operands, values_product
+from rewriter.attention.folding import in_item_order
 from rewriter.attention.fused import is_fused, read_fused
+from rewriter.attention.loops import Loop, Part, loop_around, merged
 from rewriter.attention.operands import Product, matrix_product
 from rewriter.attention.projections import scaled_per_head
 from rewriter.attention.rough import rough_site
@@ -21,38 +23,65 @@ from rewriter.core.site import Array, AttentionSite
 
 
 def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
-    """The site around a softmax, however it is written; None if it is no attention; `Refused` if nothing is known of it.
+    """The site around a softmax, however it is written; None if it is no attention.
 
-    What is attention and cannot be lowered is a site with the reason among its problems.
+    What is attention and cannot be lowered is a site with the reason among its problems. Raises `Refused` for a
+    softmax operator between products of which no more is known.
     """
     around = surroundings(trace, node)
     if around is None:
         return None
     try:
-        return _understood(trace, softmax_anchor(trace, around))
+        core, raised = _understood(trace, softmax_anchor(trace, around))
     except Refused as problem:
         site = rough_site(trace, around, problem.refusal)
         if site is None and around.softmax:
             raise
         return site
+    loop = loop_around(trace, core.context.name)
+    if loop is None:
+        return assemble(trace, core, raised)
+    if loop.joined not in trace.loops:
+        trace.loops[loop.joined] = (label(node), _looped(trace, loop))
+    first, site = trace.loops[loop.joined]
+    if site is None:
+        return assemble(trace, core, raised)
+    return site if first == label(node) else None
 
 
-def _understood(trace: Trace, anchor: Anchor) -> AttentionSite:
+def _looped(trace: Trace, loop: Loop) -> AttentionSite | None:
+    """All heads of a loop as one site; None if they stay apart."""
+
+    def part_of(node: ir.Node) -> Part:
+        around = surroundings(trace, node)
+        if around is None:
+            raise Refused("loop-of-heads", "not every part is an attention", (label(node),))
+        return _understood(trace, softmax_anchor(trace, around))
+
+    try:
+        return assemble(trace, *merged(trace, loop, part_of))
+    except Refused:
+        return None
+
+
+def _understood(trace: Trace, anchor: Anchor) -> Part:
     node, softmax = anchor.node, anchor.softmax
     product, function = _content(trace, anchor)
     value, context = values_product(trace, anchor.reader)
     query, key = (product.right, product.left) if softmax.turned else (product.left, product.right)
+    (query, key, value), context = in_item_order(trace, (query, key, value), context)
     raised = raise_operands(trace, query, key, value)
     heads = len(raised[0].projection.head_of)
     if function.slopes is not None:
         raised = (scaled_per_head(raised[0], _per_head(function.slopes, heads)), *raised[1:])
     bias = read_bias(trace, product.result.name, softmax.scores, heads, function.offset)
+    why = Refusal("softmax-axis", "what is added to the scores has keys before queries", (label(node),))
     core = Core(
         query,
         key,
         value,
         context,
-        function.slope * product.factor,
+        function.slope,
         function.softcap,
         bias,
         function.offset.swapaxes(-1, -2) if softmax.turned else function.offset,
@@ -60,12 +89,9 @@ def _understood(trace: Trace, anchor: Anchor) -> AttentionSite:
         anchor.probabilities,
         (product.node, node, anchor.reader.node),
         (product.result.name, anchor.probabilities, context.name),
+        problems=(why,) if softmax.turned and bias.kind != "none" else (),
     )
-    site = assemble(trace, core, raised)
-    if not softmax.turned or bias.kind == "none":
-        return site
-    why = Refusal("softmax-axis", "what is added to the scores has keys before queries", (label(node),))
-    return replace(site, problems=(*site.problems, why))
+    return core, raised
 
 
 def _per_head(slopes: Array, heads: int) -> tuple[float, ...]:
@@ -90,6 +116,8 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
     if not found:
         raise why
     product = matrix_product(trace, found[0][0])
+    if product.result.axes[-1] < product.result.axes[-2]:  # an einsum that names keys first
+        product = product.columns_first()
     if product.result.axes != tuple(range(len(product.result.axes))):
         raise Refused("product-form", "the product of queries and keys is permuted", (label(product.node),))
     return product, found[0][1]
