@@ -19,7 +19,7 @@ from typing import Any
 from rewriter.core.errors import ExitCode, OptionError, UserError
 from rewriter.core.options import Options, parse_duration_s, parse_shape
 
-_COMMANDS = ("inspect", "scan", "verify", "doctor")
+_COMMANDS = ("inspect", "scan", "profile", "verify", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def _optimize_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="optimize",
         description="Make a Transformer faster on this machine, and prove that it still does its job.",
-        epilog="Also: optimize inspect MODEL | scan MODEL | verify DIR --against MODEL | doctor. "
+        epilog="Also: optimize inspect MODEL | scan MODEL | profile DIR | verify DIR --against MODEL | doctor. "
         "Exit codes: 0 done, 1 internal error, 2 bad input, 3 not faster (with --fail-if-not-faster), 130 interrupted.",
     )
     parser.add_argument("model", type=Path, help="an ONNX file, or a folder with model.onnx")
@@ -189,7 +189,7 @@ def _whole_number(name: str, text: str) -> int:
 
 
 def _command_parsers() -> dict[str, Callable[[Sequence[str]], int]]:
-    return {"inspect": _inspect, "scan": _scan, "verify": _verify, "doctor": _doctor}
+    return {"inspect": _inspect, "scan": _scan, "profile": _profile, "verify": _verify, "doctor": _doctor}
 
 
 def _inspect(words: Sequence[str]) -> int:
@@ -200,10 +200,10 @@ def _inspect(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parsed = parser.parse_args(list(words))
     from rewriter.inspection import inspect
-    from rewriter.report.tables import inspection_table
+    from rewriter.report.inspection_page import inspection_page
 
     found = inspect(parsed.model)
-    print(json.dumps(found, indent=2) if parsed.json else inspection_table(found))
+    print(json.dumps(found, indent=2) if parsed.json else inspection_page(found))
     return int(ExitCode.DONE)
 
 
@@ -227,6 +227,30 @@ def _scan(words: Sequence[str]) -> int:
     )
     found = scan(parsed.model, options)
     print(json.dumps(found, indent=2) if parsed.json else scan_table(found))
+    return int(ExitCode.DONE)
+
+
+def _profile(words: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="optimize profile", description="Which kernels take the time, and how far each is from what is possible."
+    )
+    parser.add_argument("path", type=Path, help="a folder that optimize wrote, or a model, which is compiled first")
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--shape", action="append", default=[], metavar="NAME=SIZES")
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--runs", default="20")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parsed = parser.parse_args(list(words))
+    from rewriter.profiling import profile
+    from rewriter.report.tables import profile_table
+
+    options = Options(
+        target=parsed.target,
+        shapes=dict(parse_shape(item) for item in parsed.shape),
+        threads=_whole_number("threads", parsed.threads),
+    )
+    found = profile(parsed.path, options, max(1, _whole_number("runs", parsed.runs)))
+    print(json.dumps(found, indent=2) if parsed.json else profile_table(found))
     return int(ExitCode.DONE)
 
 

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "rewriter").rglob("*.py")) + sorted((ROOT / "passes").glob("*.py"))
 PRINTERS = {"rewriter/cli.py", "rewriter/benchmark/__main__.py", "rewriter/benchmark/inspect_scale.py"}
 LAYERED = {
-    "cli", "cli_progress", "api", "inspection", "scanning", "verification", "doctor", "pipeline", "compiling", "benchmark",
+    "compiling", "profiling",
+    "cli", "cli_progress", "api", "inspection", "scanning", "verification", "doctor", "pipeline", "benchmark",
     "search", "assembly", "accuracy", "measurement", "report", "calibration", "runtimes", "attention", "graph", "core",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tables for the terminal: inspect, scan, verify and doctor."""
+"""Tables for the terminal: scan, profile, verify and doctor."""
 
 from __future__ import annotations
 
@@ -11,68 +11,53 @@ from rich.table import Table
 from rich.text import Text
 
 
-def _render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table as text; cells are never read as markup."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(entry)) for entry in row))
     stream = io.StringIO()
     Console(file=stream, width=150, no_color=True, highlight=False).print(table)
-    return stream.getvalue().rstrip()
-
-
-def inspection_table(found: Mapping[str, Any]) -> str:
-    """What `optimize inspect` prints."""
-    rows = []
-    for site in found["attention"]:
-        dims = f"{site['qk_dim']}" if site["qk_dim"] == site["v_dim"] else f"{site['qk_dim']}/{site['v_dim']}"
-        kind = "cross" if site["cross"] else "self"
-        heads = f"{site['heads']}" if site["heads"] == site["kv_heads"] else f"{site['heads']}/{site['kv_heads']} KV"
-        mask = site["mask"] + (" causal" if site["causal"] and site["mask"] != "causal" else "")
-        rows.append(
-            [site["id"], kind, site["state"], heads, dims, site["position"], mask, *_rewrites(site), *_share(site)]
-        )
-    for site in found["feed_forward"]:
-        rows.append(
-            [site["id"], site.get("activation", ""), site["state"], "", site.get("width", ""), "", "", *_rewrites(site),
-             *_share(site)]
-        )  # fmt: skip
-    columns = ["site", "kind", "state", "heads", "dims", "position", "mask", "can be", "refused", "FLOPs", "params"]
-    text = _render(f"{len(found['attention'])} attentions, {len(found['feed_forward'])} feed-forwards", columns, rows)
-    left = [f"  {entry['node']}: {entry['why']}" for entry in found["unrecognised"]]
-    return text + ("\nnot understood:\n" + "\n".join(left) if left else "")
-
-
-def _rewrites(site: Mapping[str, Any]) -> tuple[str, str]:
-    possible = ", ".join(name for name, verdict in site["rewrites"].items() if verdict == "ok")
-    refused = "; ".join(f"{name}: {verdict['why']}" for name, verdict in site["rewrites"].items() if verdict != "ok")
-    return possible, refused
-
-
-def _share(site: Mapping[str, Any]) -> tuple[str, str]:
-    def percent(key: str) -> str:
-        return f"{100 * site[key]:.1f} %" if key in site else ""
-
-    return percent("flops_share"), percent("parameters_share")
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
 
 
 def scan_table(found: Mapping[str, Any]) -> str:
     """What `optimize scan` prints."""
     rows = [[row["part"], f"{1e3 * row['latency_s']:.2f} ms", f"{100 * row['share']:.0f} %"] for row in found["parts"]]
-    text = _render("Where the time goes", ["part", "latency", "share"], rows)
+    text = render("Where the time goes", ["part", "latency", "share"], rows)
     gains = [[row["rewrite"], f"{row['at_most']:.2f}x", row["why"]] for row in found["gains"]]
-    text += "\n" + _render("What each class of rewrite could gain at most here", ["rewrite", "at most", "how"], gains)
+    text += "\n" + render("What each class of rewrite could gain at most here", ["rewrite", "at most", "how"], gains)
     return text + "\n" + found["advice"]
+
+
+def profile_table(found: Mapping[str, Any]) -> str:
+    """What `optimize profile` prints."""
+    rows = [
+        [
+            row["kernel"], row["calls"], f"{1e6 * row['seconds']:.1f} us", f"{100 * row['share']:.1f} %",
+            f"{row['gflops_per_s']:.1f}", f"{row['gbytes_per_s']:.1f}", row["bound"],
+            f"{100 * row['of_roofline']:.0f} %",
+        ]
+        for row in found["kernels"]
+    ]  # fmt: skip
+    columns = ["kernel", "calls", "per run", "share", "GF/s", "GB/s", "bound by", "of the roofline"]
+    sizes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in found["shapes"].items())
+    peaks = ", ".join(f"{form} {1e-9 * rate:.0f} GF/s" for form, rate in found["peaks"].items() if form != "bytes")
+    title = f"{1e3 * found['seconds']:.3f} ms per run at {sizes}, {found['threads']} threads"
+    machine = f"virtual machine: {1e6 * found['virtual_machine_seconds']:.1f} us per run, callbacks included"
+    memory = f"measured here: {peaks}, memory {1e-9 * found['peaks']['bytes']:.0f} GB/s"
+    return f"{render(title, columns, rows)}\n{machine}\n{memory}"
 
 
 def verification_table(found: Mapping[str, Any]) -> str:
     """What `optimize verify` prints."""
     rows = [[row["check"], "ok" if row["ok"] else "FAILED", row["detail"]] for row in found["checks"]]
-    return _render("Verification", ["check", "result", "detail"], rows)
+    return render("Verification", ["check", "result", "detail"], rows)
 
 
 def doctor_table(found: Mapping[str, Any]) -> str:
     """What `optimize doctor` prints."""
     rows = [[row["check"], "ok" if row["ok"] else "PROBLEM", row["detail"]] for row in found["checks"]]
-    return _render("Doctor", ["check", "result", "detail"], rows)
+    return render("Doctor", ["check", "result", "detail"], rows)

@@ -40,6 +40,7 @@ class Module:
     parameters: Parameters
     arguments: tuple[tuple[str, ...], ...]
     programs: tuple[Program, ...]
+    work: Mapping[str, int]
 
     def structure_key(self, target: Target) -> str:
         """Equal for modules that compile to the same code: weights do not enter."""
@@ -63,7 +64,7 @@ def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Til
         lowering = Lowering(program, target, kernels, parameters, chosen)
         arguments.append(lowering.lower(function_name(index), TABLE))
         programs.append(program)
-    return Module(builder.get(), parameters, tuple(arguments), tuple(programs))
+    return Module(builder.get(), parameters, tuple(arguments), tuple(programs), kernels.work)
 
 
 def function_name(bucket: int) -> str:
@@ -153,6 +154,7 @@ def _manifest(
         "threads": target.threads,
         "target": target.key(),
         "machine": machine_of(target),
+        "work": {name: count for name, count in module.work.items() if count},
         "requires": [feature for feature in target.features if not feature.startswith("amx")],
         "versions": versions(),
         "model": graph.fingerprint(),

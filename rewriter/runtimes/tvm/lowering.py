@@ -15,6 +15,7 @@ from rewriter.runtimes.tvm.parameters import Parameters
 from rewriter.runtimes.tvm.program import Node, Program
 from rewriter.runtimes.tvm.specialise import ENGINE
 from rewriter.runtimes.tvm.tiles import Tiles
+from rewriter.runtimes.tvm.work import operations
 
 Expression = Any
 INLINE_ELEMENTS = 8
@@ -27,6 +28,7 @@ class Kernels:
     def __init__(self, builder: Any) -> None:
         self.builder = builder
         self._made: dict[Hashable, Any] = {}
+        self.work: dict[str, int] = {}  # operations of one call, by kernel
 
     def get(self, name: str, key: Hashable, make: Callable[[str], Any]) -> Any:
         """The function of the module for a specification, made on first use."""
@@ -34,6 +36,7 @@ class Kernels:
             unique = f"{name}_{len(self._made)}"
             function = make(unique).with_attr("op_pattern", OPAQUE_PATTERN).without_attr("global_symbol")
             self._made[key] = self.builder.add_func(function, unique)
+            self.work[unique] = operations(key)
         return self._made[key]
 
 

@@ -79,7 +79,7 @@ def measure_tiles(spec: Gemm, tiles: list[Tile], target: Target) -> list[Timing]
     sets = max(2, min(16, ROTATED_BYTES // (4 * spec.N * spec.K)))
     weights = [rng.standard_normal((spec.K, spec.N), np.float32) / np.float32(spec.K**0.5) for _ in range(sets)]
     rest = _other_inputs(spec, rng)
-    runners = [_Runner(spec, tile, target, weights, rest) for tile in tiles]
+    runners = [Runner(spec, tile, target, weights, rest) for tile in tiles]
     reference = runners[0].result()
     runners = [runner for runner in runners if np.abs(runner.result() - reference).max() < TOLERANCE]
     samples: dict[Tile, list[float]] = {runner.tile: [] for runner in runners}
@@ -112,7 +112,14 @@ def _activations(spec: Gemm, a: NDArray[np.float32], target: Target) -> list[Any
     return outputs
 
 
-class _Runner:
+def runner_of(spec: Gemm, tile: Tile, target: Target) -> Runner:
+    """One GEMM on one set of normal operands."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((spec.K, spec.N), np.float32) / np.float32(spec.K**0.5)]
+    return Runner(spec, tile, target, weights, _other_inputs(spec, rng))
+
+
+class Runner:
     """One compiled candidate with its rotating weights."""
 
     def __init__(
