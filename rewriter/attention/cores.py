@@ -11,6 +11,7 @@ import onnx_ir as ir
 from rewriter.attention.asides import read_by
 from rewriter.attention.linears import comes_from_inputs
 from rewriter.attention.masks import classify
+from rewriter.attention.opaque import opaque_operand
 from rewriter.attention.operands import Operand, matrix_product
 from rewriter.attention.output import RaisedOutput, raise_output
 from rewriter.attention.projections import Raised, raise_operand
@@ -80,9 +81,14 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
             "probabilities": core.probabilities,
             "inner": "\n".join(name for name in core.inner if name != last),
         },
-        before=core.before,
+        before=(*core.before, *_steps(raised)),
     )
     return _classified(_bias_dependence(trace, site, raised), core, batch, heads)
+
+
+def _steps(raised: tuple[Raised, Raised, Raised]) -> tuple[Step, ...]:
+    """What makes opaque operands, each value once."""
+    return tuple({step.output: step for r in raised for step in r.steps}.values())
 
 
 def _lengths(trace: Trace, core: Core, batch: int) -> tuple[int, int]:
@@ -146,6 +152,32 @@ def _classified(site: AttentionSite, core: Core, batch: int, heads: int) -> Atte
     return replace(site, mask=mask, causal=causal, position=position, state=state)
 
 
+def _raised(trace: Trace, operand: Operand) -> Raised:
+    """A projection, or a value of the graph, laid out anew if it must be."""
+    try:
+        return raise_operand(trace, operand)
+    except Refused as problem:
+        return opaque_operand(trace, operand, problem.refusal.why)
+
+
+def _aligned(
+    trace: Trace, operands: tuple[Operand, Operand, Operand], raised: tuple[Raised, Raised, Raised]
+) -> tuple[Raised, Raised, Raised]:
+    """Operands that disagree on what is batch: opaque ones follow the projections, or all are values of the graph."""
+    known = {r.batch for r in raised if r.linear is not None}
+    windows = len(operands[0].lead) > 2
+
+    def again(operand: Operand, one: Raised) -> Raised:
+        if one.linear is not None and not windows:
+            return one
+        return opaque_operand(trace, operand, one.projection.opaque_why or "tokens in windows", min(known, default=0))
+
+    if len(known) > 1 and not windows:
+        return raised
+    first, second, third = (again(o, r) for o, r in zip(operands, raised, strict=True))
+    return first, second, third
+
+
 def values_product(trace: Trace, reader: Reader) -> tuple[Operand, Operand]:
     """(values, result) as (lead..., tokens, dim), whichever side of the product the probabilities are on."""
     product = matrix_product(trace, reader.node)
@@ -158,7 +190,11 @@ def values_product(trace: Trace, reader: Reader) -> tuple[Operand, Operand]:
 
 def raise_operands(trace: Trace, query: Operand, key: Operand, value: Operand) -> tuple[Raised, Raised, Raised]:
     """The three operands; raises `Refused` if they do not fit together."""
-    raised = (raise_operand(trace, query), raise_operand(trace, key), raise_operand(trace, value))
+    operands = (query, key, value)
+    first, second, third = (_raised(trace, operand) for operand in operands)
+    raised = (first, second, third)
+    if len({r.batch for r in raised}) != 1:
+        raised = _aligned(trace, operands, raised)
     if len({r.batch for r in raised}) != 1:
         raise Refused("batch-sizes", f"operands with batch sizes {[r.batch for r in raised]}")
     if len({len(r.projection.head_of) for r in raised}) != 1:

@@ -78,13 +78,16 @@ def _source_width(site: LinearSite) -> int:
 
 
 def _as_is(output: OutputProjection) -> bool:
-    return output.rank == 3 and not output.time_first and not output.channels_first
+    return output.rank == 3 and not output.time_first and not output.channels_first and not output.apart
 
 
 def _lay_out(b: Builder, output: OutputProjection, result: str, width: int) -> None:
     if output.apart:
         cut = b.op("Reshape", result, b.ints(0, 0, output.apart, width // output.apart))
-        b.op("Transpose", cut, output=output.value, perm=list(output.perm))
+        laid = b.op("Transpose", cut, output=output.value if output.rank == 4 else "", perm=list(output.perm))
+        if output.rank == 3:
+            shape = b.joined([b.ints(-1), b.size_of(result, 1), b.ints(width // output.apart)])
+            b.op("Reshape", laid, shape, output=output.value)
         return
     if output.channels_first:
         _channels_first(b, output, result, width)

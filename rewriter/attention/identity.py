@@ -117,7 +117,8 @@ def _by_row(site: AttentionSite, limits_BS: torch.Tensor, expected: torch.Tensor
     if output is None or limits_BS.numel() * output.weight_HDC.shape[-1] != expected.numel():
         return TOLERANCE
     if output.apart:
-        return limits_BS[:, :, None, None].permute(output.perm)
+        limits = limits_BS[:, :, None, None].expand(-1, -1, output.apart, 1).permute(output.perm)
+        return limits if output.rank == 4 else limits.reshape(-1, limits_BS.shape[1], 1)
     if output.channels_first:
         return limits_BS.reshape(expected.shape[0], 1, *expected.shape[2:])
     return (limits_BS.T if output.time_first else limits_BS).reshape(*expected.shape[:-1], 1)

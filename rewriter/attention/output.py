@@ -102,12 +102,22 @@ def _bare(
                 flatten_like=source if len(shape) > 3 else "",
                 channels_first=channels_first,
             )
-    if len(context.axes) != 4 or context.lead != (batch, heads) or context.new or context.split:
+    return _apart(context, heads, batch, factor * np.eye(heads * dim).reshape(heads, dim, -1))
+
+
+def _apart(context: Operand, heads: int, batch: int, weight_HDC: Array) -> OutputProjection | None:
+    """The attended values where heads have an axis of their own, or share the first with the batch."""
+    if context.new or context.split or context.lead not in ((batch, heads), (batch * heads,)):
         return None
-    # (B, S, H, D) as the product lays it out
-    perm = tuple((0, 2, 1, 3)[axis] for axis in np.argsort(context.axes))
-    weight_HDC = stored((factor * np.eye(heads * dim)).reshape(heads, dim, -1), np.dtype(np.float32))
-    return OutputProjection(value=context.name, weight_HDC=weight_HDC, rank=4, apart=heads, perm=perm)
+    rank = len(context.axes)
+    if rank == 4:  # (B, S, H, D) as the product lays it out
+        perm = tuple((0, 2, 1, 3)[axis] for axis in np.argsort(context.axes))
+    elif context.axes == (0, 1, 2):
+        perm = (2, 0, 1, 3) if context.heads_first else (0, 2, 1, 3)
+    else:
+        return None
+    weight_HDC = stored(weight_HDC, np.dtype(np.float32))
+    return OutputProjection(value=context.name, weight_HDC=weight_HDC, rank=rank, apart=heads, perm=perm)
 
 
 def _views_of(trace: Trace, context: str) -> list[str]:
@@ -143,7 +153,7 @@ def _single_linear(trace: Trace, context: str) -> ir.Node:
         for node in trace.consumers[name]:
             if trace.linear(node):
                 linears.append(node)
-            elif (node.op_type in VIEWS and name == inputs_of(node)[0]) or (
+            elif (node.op_type in VIEWS and (name == inputs_of(node)[0] or _rejoined(trace, node))) or (
                 node.op_type in ("Mul", "Div") and any(i in trace.shaped for i in inputs_of(node))
             ):
                 stack += outputs_of(node)
@@ -152,6 +162,12 @@ def _single_linear(trace: Trace, context: str) -> ir.Node:
     if len(linears) != 1:
         raise Refused("output-projections", f"{len(linears)} output projections", tuple(map(label, linears)))
     return linears[0]
+
+
+def _rejoined(trace: Trace, node: ir.Node) -> bool:
+    """Whether a node puts the pieces of one value together again."""
+    makers = {id(trace.producer.get(name)) for name in inputs_of(node)}
+    return node.op_type == "Concat" and len(makers) == 1 and inputs_of(node)[0] in trace.producer
 
 
 def _rows(trace: Trace, context: Operand, width: int, element: Array, heads: int, batch: int) -> tuple[Array, bool]:

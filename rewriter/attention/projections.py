@@ -18,17 +18,21 @@ from rewriter.attention.rotary import Turned, find_turn
 from rewriter.attention.trace import VIEWS, Trace, close, inputs_of, outputs_of
 from rewriter.attention.views import HeadLayout, View, head_layout, view_between
 from rewriter.core.refusal import Refused
-from rewriter.core.site import Array, HeadNorm, Projection
+from rewriter.core.site import Array, HeadNorm, Projection, Step
 
 
 @dataclass(frozen=True)
 class Raised:
-    """A projection, the factor its path multiplies by, its batch size, and the linear node (None if opaque)."""
+    """A projection, the factor its path multiplies by, its batch size, and the linear node (None if opaque).
+
+    `steps` make an opaque value that the graph does not hold.
+    """
 
     projection: Projection
     factor: float
     batch: int
     linear: Linear | None = None
+    steps: tuple[Step, ...] = ()
 
 
 def raise_operand(trace: Trace, operand: Operand) -> Raised:

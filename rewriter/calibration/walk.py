@@ -253,6 +253,8 @@ def rows_of(
         if value is None:
             return None
         if layout is not None and layout.apart:
+            sizes = (*lead, layout.apart, value.numel() // (lead[0] * lead[1] * layout.apart))
+            value = value.reshape([sizes[axis] for axis in layout.perm])
             value = value.permute([layout.perm.index(axis) for axis in range(4)]).flatten(2)
         if layout is not None and layout.channels_first:
             value = value.flatten(2).transpose(1, 2)

@@ -201,7 +201,8 @@ class OutputProjection:
     time_first: bool = False
     flatten_like: str = ""
     channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
-    apart: int = 0  # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`
+    # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`, the first two merged in rank 3
+    apart: int = 0
     perm: tuple[int, ...] = ()
 
     @property
