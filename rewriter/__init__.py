@@ -11,12 +11,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rewriter.api import Model, Result, inspect, load, optimize, verify
+    from rewriter.api import Model, Result, apply, inspect, load, optimize, sites, verify
     from rewriter.core.errors import UserError
+    from rewriter.core.option import Option, Plan
+    from rewriter.core.rewrite import Pass
 
-__all__ = ["Model", "Result", "UserError", "inspect", "load", "optimize", "verify"]
+__all__ = [
+    "Model",
+    "Option",
+    "Pass",
+    "Plan",
+    "Result",
+    "UserError",
+    "apply",
+    "inspect",
+    "load",
+    "optimize",
+    "sites",
+    "verify",
+]
 
-_HOMES = {"UserError": "rewriter.core.errors"}
+_HOMES = {
+    "Option": "rewriter.core.option",
+    "Pass": "rewriter.core.rewrite",
+    "Plan": "rewriter.core.option",
+    "UserError": "rewriter.core.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from rewriter import inspection, pipeline, verification
 from rewriter.core.options import MaxDrop, Options
 from rewriter.core.progress import Listener
+from rewriter.core.rewrite import Pass
 from rewriter.pipeline import Result
 
-__all__ = ["Model", "Result", "inspect", "load", "optimize", "verify"]
+if TYPE_CHECKING:
+    from rewriter.torch_graphs.apply import Choices, Rewritten
+    from rewriter.torch_graphs.sites import TorchSites
+
+__all__ = ["Model", "Result", "apply", "inspect", "load", "optimize", "sites", "verify"]
 
 
 class Model:
@@ -64,9 +69,60 @@ def optimize(
     return pipeline.optimize(Path(model), asked, listener=listener)
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
-    """The attentions and feed-forwards of a model and what can be rewritten: the JSON of `optimize inspect --json`."""
-    return inspection.inspect(Path(model))
+def inspect(
+    model: Any,
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> dict[str, Any]:
+    """The attentions and feed-forwards of a model and what can be rewritten: the JSON of `optimize inspect --json`.
+
+    `model` is an ONNX file or folder, or a torch model as `sites` takes it; a torch model's sites also have
+    ``fx_nodes`` and ``parameters``.
+    """
+    if isinstance(model, (str, Path)):
+        return inspection.inspect(Path(model))
+    return inspection.inspect_torch(sites(model, inputs, kwargs, dynamic_shapes))
+
+
+def sites(
+    model: Any,
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> TorchSites:
+    """The attentions and feed-forwards of a torch model, to look at and to `apply` plans to.
+
+    `model` is an `nn.Module`, an `fx.GraphModule` or a `torch.export.ExportedProgram` on the CPU. `inputs` and `kwargs`
+    are one example of its arguments, nested as they may be; `dynamic_shapes` is what `torch.export.export` takes. What
+    `sites` returned before is returned as it is. Raises `UserError` without an example, `ModelError` if torch cannot
+    export the model.
+    """
+    from rewriter.torch_graphs.sites import TorchSites, read
+
+    return model if isinstance(model, TorchSites) else read(model, tuple(inputs), kwargs, dynamic_shapes)
+
+
+def apply(
+    model: Any,
+    plan: Choices,
+    data: Iterable[object] = (),
+    *,
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: Iterable[Pass] = (),
+) -> Rewritten:
+    """A torch model rewritten in its own fx graph: ``apply(model, "head_pruning{keep=8}@layers.0.attention", data)``.
+
+    `model` and the example are as `sites` takes them. `plan` is a `Plan`, its text, options with sites, or options by
+    site; `data` are batches to calibrate on, each a mapping of keyword arguments, a tuple of positional ones or a
+    tensor; `passes` are passes of one's own. The model itself stays as it is. Raises `OptionError` for options that do
+    not apply, `DataError` where data is missing or does not fit.
+    """
+    from rewriter.torch_graphs.apply import apply as apply_plan
+
+    return apply_plan(sites(model, inputs, kwargs, dynamic_shapes), plan, data, passes)
 
 
 def load(folder: str | Path, threads: int | None = None) -> Model:

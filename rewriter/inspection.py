@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewriter.attention.inspect import describe
 from rewriter.attention.recognise import recognise
@@ -13,11 +13,19 @@ from rewriter.core.refusal import Refusal
 from rewriter.core.site import Site
 from rewriter.graph.onnx import load
 
+if TYPE_CHECKING:
+    from rewriter.torch_graphs.sites import TorchSites
+
 
 def inspect(model: Path) -> dict[str, Any]:
     """Attentions, feed-forwards and what was not understood, with a verdict per rewrite. Raises `ModelError`."""
     graph = load(model)
     return describe(recognise(graph), graph, refusals)
+
+
+def inspect_torch(sites: TorchSites) -> dict[str, Any]:
+    """The same of a torch model, with the fx nodes and parameters behind every site."""
+    return sites.describe(refusals)
 
 
 # A pass for the other kind of site is no refusal worth reading.

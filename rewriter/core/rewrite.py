@@ -15,7 +15,7 @@ import numpy as np
 
 from rewriter.core.errors import OptionError
 from rewriter.core.linalg import ridge_towards
-from rewriter.core.option import Option
+from rewriter.core.option import Option, Value
 from rewriter.core.refusal import Refusal
 from rewriter.core.site import Array, AttentionSite, FeedForwardSite, LinearSite, Site, State
 from rewriter.core.statistics import Array64, AttentionStatistics, Detail, FeedForwardStatistics, Statistics
@@ -38,6 +38,11 @@ class Pass(ABC):
     order: ClassVar[int] = 50
     requires: ClassVar[frozenset[Detail]] = frozenset()
     combines: ClassVar[bool] = True
+
+    @classmethod
+    def option(cls, site: str = "", **parameters: Value) -> Option:
+        """This pass with its parameters, as a choice for a plan: ``HeadPruning.option(keep=8)``."""
+        return Option.of(cls.name, site, **parameters)
 
     @abstractmethod
     def refuse(self, site: Site) -> Refusal | None:

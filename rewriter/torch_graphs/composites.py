@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
-from torch import fx
 from torch.nn import functional
 
 from rewriter.core.refusal import Refused
 from rewriter.torch_graphs.glue import Scope, attribute, rank_of
-from rewriter.torch_graphs.terms import Constant, Term
+from rewriter.torch_graphs.terms import Constant, Tensorlike, Term
 
-_ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 class Weights(Scope, Protocol):
@@ -21,14 +25,14 @@ class Weights(Scope, Protocol):
 
     causal: bool
 
-    def weight(self, term: Constant) -> fx.Proxy:
+    def weight(self, term: Constant) -> Tensorlike:
         """A weight (C, N) as `F.linear` takes it, (N, C)."""
 
-    def parameter(self, term: Constant) -> fx.Proxy:
+    def parameter(self, term: Constant) -> Tensorlike:
         """A vector."""
 
 
-def write_composite(scope: Weights, node: ir.Node, terms: list[Term | None]) -> fx.Proxy:
+def write_composite(scope: Weights, node: ir.Node, terms: list[Term | None]) -> Tensorlike:
     """One composite; raises `Refused` for number formats, which are torchao's to choose."""
     if attribute(node, "precision", "fp32") != "fp32":
         raise Refused("number-format", "number formats are not written into torch graphs; quantise the result")
@@ -45,7 +49,7 @@ def write_composite(scope: Weights, node: ir.Node, terms: list[Term | None]) -> 
     return _attention(scope, node, [scope.tensor(term) for term in given])
 
 
-def _linear(scope: Weights, node: ir.Node, x: fx.Proxy, terms: list[Term]) -> fx.Proxy:
+def _linear(scope: Weights, node: ir.Node, x: Tensorlike, terms: list[Term]) -> Tensorlike:
     assert isinstance(terms[0], Constant)
     bias = scope.parameter(terms[1]) if len(terms) > 1 and isinstance(terms[1], Constant) else None
     result = scope.call(functional.linear, x, scope.weight(terms[0]), bias)
@@ -59,12 +63,12 @@ def _linear(scope: Weights, node: ir.Node, x: fx.Proxy, terms: list[Term]) -> fx
     return scope.call(_ACTIVATIONS[activation], result)
 
 
-def _split(x: fx.Proxy, heads: int) -> fx.Proxy:
+def _split(x: Tensorlike, heads: int) -> Tensorlike:
     """(B, S, N) to (B, heads, S, N / heads)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _rotary(scope: Weights, node: ir.Node, x: fx.Proxy, cos: fx.Proxy, sin: fx.Proxy) -> fx.Proxy:
+def _rotary(scope: Weights, node: ir.Node, x: Tensorlike, cos: Tensorlike, sin: Tensorlike) -> Tensorlike:
     size, interleaved = int(attribute(node, "size")), bool(attribute(node, "interleaved", 0))
     value = node.inputs[0]
     assert value is not None
@@ -79,7 +83,7 @@ def _rotary(scope: Weights, node: ir.Node, x: fx.Proxy, cos: fx.Proxy, sin: fx.P
     return result if whole else scope.call(torch.cat, [result, x[..., size:]], -1)
 
 
-def _head_norm(scope: Weights, node: ir.Node, x: fx.Proxy, terms: list[Term]) -> fx.Proxy:
+def _head_norm(scope: Weights, node: ir.Node, x: Tensorlike, terms: list[Term]) -> Tensorlike:
     gain, *bias = (scope.parameter(term) for term in terms if isinstance(term, Constant))
     value = node.inputs[0]
     assert value is not None
@@ -90,14 +94,15 @@ def _head_norm(scope: Weights, node: ir.Node, x: fx.Proxy, terms: list[Term]) ->
     return result + bias[0] if bias else result
 
 
-def _attention(scope: Weights, node: ir.Node, tensors: list[fx.Proxy]) -> fx.Proxy:
+def _attention(scope: Weights, node: ir.Node, tensors: list[Tensorlike]) -> Tensorlike:
     """`F.scaled_dot_product_attention`, unless a soft-cap bends the scores; the result is (B, S, H * Dv).
 
     A query without any allowed key gives 0, as in torch, also where an explicit softmax gave NaN.
     """
     roles = ("query", "key", "value")
     query, key, value = (
-        _heads(node, x, role, rank_of(scope, node, i)) for i, (x, role) in enumerate(zip(tensors, roles))
+        _heads(node, x, role, rank_of(scope, node, i))
+        for i, (x, role) in enumerate(zip(tensors[:3], roles, strict=True))
     )
     bias = tensors[3] if len(tensors) > 3 and not scope.causal else None
     scale, softcap = float(attribute(node, "scale", 1.0)), float(attribute(node, "softcap", 0.0))
@@ -118,7 +123,7 @@ def _attention(scope: Weights, node: ir.Node, tensors: list[fx.Proxy]) -> fx.Pro
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
-def _heads(node: ir.Node, x: fx.Proxy, role: str, rank: int) -> fx.Proxy:
+def _heads(node: ir.Node, x: Tensorlike, role: str, rank: int) -> Tensorlike:
     """(B, H, tokens, D): heads split, then repeated or picked for every query head."""
     groups, picks = int(attribute(node, f"{role}_heads")), [int(p) for p in attribute(node, f"{role}_head_of")]
     x = _split(x, groups) if rank == 3 else x

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from rewriter.core.refusal import Refused
 from rewriter.graph.tensors import torch_dtype
-from rewriter.torch_graphs.terms import Constant, Size, Sizes, Term, integers
+from rewriter.torch_graphs.terms import Constant, Size, Sizes, Tensorlike, Term, integers
 
 LAST = 2**62  # ends beyond are "to the end"
 
@@ -26,10 +26,10 @@ LAST = 2**62  # ends beyond are "to the end"
 class Scope(Protocol):
     """What writing a node needs to know around it."""
 
-    def tensor(self, term: Term) -> fx.Proxy:
+    def tensor(self, term: Term) -> Tensorlike:
         """The term as a tensor of the graph."""
 
-    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> fx.Proxy:
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensorlike:
         """A call of a function as a node of the graph."""
 
     def rank(self, name: str) -> int:
@@ -223,8 +223,9 @@ def shape(scope: Scope, node: ir.Node, terms: list[Term | None]) -> Term:
 def concat(scope: Scope, node: ir.Node, terms: list[Term | None]) -> Term:
     """Tensors along an axis; vectors of sizes one after the other."""
     parts = [_given(term) for term in terms]
-    if all(isinstance(part, Sizes) for part in parts):
-        return Sizes(tuple(item for part in parts for item in part.items))
+    vectors = [part for part in parts if isinstance(part, Sizes)]
+    if len(vectors) == len(parts):
+        return Sizes(tuple(item for part in vectors for item in part.items))
     return scope.call(torch.cat, [scope.tensor(part) for part in parts], attribute(node, "axis"))
 
 
@@ -292,11 +293,11 @@ def cut(scope: Scope, node: ir.Node, terms: list[Term | None]) -> Term:
     if any(step < 1 for step in steps):
         raise Refused("fx-form", "a slice runs backwards")
     bounds = zip(starts, [None if isinstance(e, int) and e > LAST else e for e in ends], steps, strict=True)
-    pieces = [slice(*bound) for bound in bounds]
+    pieces: list[Any] = [slice(*bound) for bound in bounds]
     if isinstance(first, Sizes):
         return Sizes(first.items[pieces[0]])
     tensor, rank = scope.tensor(first), rank_of(scope, node)
-    index = [slice(None)] * rank
+    index: list[Any] = [slice(None)] * rank
     for axis, piece in zip(named, pieces, strict=True):
         index[axis % rank] = piece
     return tensor[tuple(index)]

@@ -1,6 +1,6 @@
 """Which value of the ONNX graph is which fx node: the exporter's names propose, numbers decide.
 
-Both graphs run on the same two feeds with hostile masks, and with noise on vectors that both have: freshly built
+Both graphs run on the same two feeds with padding, and with noise on vectors that both have: freshly built
 models have zero biases, and then a result before and after its bias could not be told apart.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.attention.feeds import usable_feeds
+from rewriter.attention.feeds import draw, roles, usable_feeds
 from rewriter.attention.paths import Paths
 from rewriter.attention.values import Values
 from rewriter.core.errors import ModelError, UserError
@@ -85,15 +85,29 @@ def match(bridge: Bridge, seed: int = 0) -> Matches:
     """Run both graphs and match them; raises `ModelError` if the fx graph does not run on what the ONNX graph takes."""
     names = [spec.name for spec in bridge.graph.inputs]
     example = {name: bridge.leaves[place].detach().numpy() for name, place in zip(names, bridge.fed, strict=True)}
-    runs = usable_feeds(Interpreter(bridge.graph), Paths(bridge.graph), example, seed)
-    attempts = [[run.feeds for run in runs[:RUNS]]] if runs else []
+    attempts: list[list[Mapping[str, np.ndarray]]] = [*_drawn(bridge, example, seed), [example]]
     problem: Exception | None = None
-    for feeds in [*attempts, [example]]:
+    for feeds in attempts:
         try:
             return Matches(bridge, feeds)
         except (UserError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as failed:
             problem = failed
     raise ModelError(f"the fx graph could not be run: {problem}", "Run it on the example by itself") from problem
+
+
+def _drawn(bridge: Bridge, example: Mapping[str, np.ndarray], seed: int) -> list[list[Mapping[str, np.ndarray]]]:
+    """Feeds of two sizes with masks that leave every query a key: rows without any are NaN in one graph only."""
+    graph = bridge.graph
+    runs = usable_feeds(Interpreter(graph), Paths(graph), example, seed)
+    if not runs:
+        return []
+    known = roles(graph)
+    return [
+        [
+            run.feeds if run.sizes is None else draw(graph, run.sizes, known, seed + index, False, example)
+            for index, run in enumerate(runs[:RUNS])
+        ]
+    ]
 
 
 def _same(found: Tensor, wanted: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters of a rewritten module: kept under their names where one becomes one, else named after what they came from."""
+"""Parameters of a rewritten module: under their names where one becomes one, else named after what they came from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rewriter.core.site import AttentionSite, Site
+from rewriter.core.site import AttentionSite, FeedForwardSite, Site
 from rewriter.graph.tensors import to_torch
 from rewriter.torch_graphs.bridge import Bridge, parameter_names
 
@@ -150,10 +150,12 @@ def fetch(module: nn.Module, target: str) -> Any:
 def _initialiser(site: Site, role: str) -> str:
     """The ONNX name of the weight that a role belongs to."""
     part = role.partition(".")[0]
-    if not isinstance(site, AttentionSite):
+    if isinstance(site, FeedForwardSite):
         return site.weight_names.get(part, "")
     if part == "output":
         return "" if site.output is None else site.output.weight_name
+    if not isinstance(site, AttentionSite) or part not in ("query", "key", "value"):
+        return ""
     return {"query": site.query, "key": site.key, "value": site.value}[part].weight_name
 
 

@@ -128,7 +128,7 @@ class _Splice:
                 _causal(after),
             )
             try:
-                translator.fragment(part.nodes, part.constants)
+                translator.fragment(tuple(part.nodes), part.constants)
                 made = {name: self._at(translator, name, result_of(after)) for name, _ in landed}
             except Refused:
                 self._undo(fx_before)

@@ -15,7 +15,8 @@ from torch import fx
 
 from rewriter.core.refusal import Refused
 
-Size = int | fx.Proxy
+Tensorlike = Any  # an `fx.Proxy`: it has every operator of a tensor, which its type does not say
+Size = int | Any  # a whole number, or an `fx.Proxy` that stands for one
 SIZES = 16  # longer vectors of whole numbers are data
 
 

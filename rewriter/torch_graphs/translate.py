@@ -18,7 +18,7 @@ from rewriter.torch_graphs.composites import write_composite
 from rewriter.torch_graphs.glue import WRITERS
 from rewriter.torch_graphs.matching import Matches
 from rewriter.torch_graphs.parameters import Origin, Parameters
-from rewriter.torch_graphs.terms import Constant, Sizes, Term, constant
+from rewriter.torch_graphs.terms import Constant, Term, constant
 
 Current = Callable[[fx.Node], fx.Node]
 
@@ -164,6 +164,3 @@ class Translator:
 def is_bias(term: Term) -> bool:
     """Whether a term is a vector of numbers that a linear layer may add by itself."""
     return isinstance(term, Constant) and term.array.ndim == 1
-
-
-__all__ = ["Sizes", "Translator", "is_bias"]
