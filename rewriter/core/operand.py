@@ -151,7 +151,9 @@ class ScoreBias:
     (`also_causal`:
     aligned at the ``start`` or ``end`` of the keys) and `padding`, a value (B, T) that is not zero where a key is
     valid; other keys get `padding_fill`. With a `window` of w, keys w or more tokens away from the query are hidden,
-    but for the first `sinks` keys; 0 is no window.
+    but for the first `sinks` keys; 0 is no window. With `logarithm` the end of a ``path`` is a share of attention, whose
+    logarithm is added. `kept` names the ends of the path that tells where the content counts at all: where the scores do
+    not move with the product, what is added to them is the score.
     """
 
     kind: Literal["none", "value", "bool", "causal", "fill", "path"] = "none"
@@ -170,6 +172,8 @@ class ScoreBias:
     padding_fill: float = 0.0
     window: int = 0
     sinks: int = 0
+    logarithm: bool = False
+    kept: tuple[str, str] = ("", "")
 
     @property
     def nothing(self) -> bool:
@@ -201,7 +205,7 @@ class OutputProjection:
     time_first: bool = False
     flatten_like: str = ""
     channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
-    # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`, the first two merged in rank 3
+    # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`; in rank 3 the first two are one
     apart: int = 0
     perm: tuple[int, ...] = ()
 
