@@ -88,10 +88,12 @@ def attention_refusal(site: Site) -> Refusal | None:
         if isinstance(site, LinearSite):
             return Refusal("already-replaced", f"{site.id} is no attention any more")
         return Refusal("not-attention", f"{site.id} is a feed-forward, not an attention")
+    reason = _first_problem(site)
     if not site.mapped or site.output is None:
-        return Refusal("not-mapped", "the weights of some operand are not known per head", site.nodes[:1])
+        return reason or _opaque_refusal(site)
     if site.state is not State.LOWERABLE:
-        return Refusal("not-lowerable", "writing this attention anew was not shown to be the identity", site.nodes[:1])
+        why = "writing this attention anew was not shown to be the identity"
+        return reason or Refusal("not-lowerable", why, site.nodes[:1])
     if site.escapes:
         return Refusal("value-escapes", f"values inside are read from outside: {', '.join(site.escapes)}", site.escapes)
     if site.cached:
@@ -99,12 +101,28 @@ def attention_refusal(site: Site) -> Refusal | None:
     return None
 
 
+def _first_problem(site: AttentionSite | FeedForwardSite) -> Refusal | None:
+    """The first thing noticed that keeps a site from being rewritten; a bias made from queries or keys does not."""
+    return next((problem for problem in site.problems if not problem.code.startswith("bias-depends-on")), None)
+
+
+def _opaque_refusal(site: AttentionSite) -> Refusal:
+    operands = [operand for operand in (site.query, site.key, site.value) if not operand.mapped]
+    if site.cross and operands and all(operand.opaque for operand in operands):
+        why = "keys or values are inputs of the model, not computed in it"
+        return Refusal("cache-in-signature", why, tuple(operand.opaque for operand in operands))
+    reasons = [operand.opaque_why for operand in operands if operand.opaque_why]
+    why = "the weights of some operand are not known per head" + (f": {reasons[0]}" if reasons else "")
+    return Refusal("not-mapped", why, site.nodes[:1])
+
+
 def feed_forward_refusal(site: Site) -> Refusal | None:
     """What any rewrite of a feed-forward's weights needs: lowerable, nothing read from outside."""
     if not isinstance(site, FeedForwardSite):
         return Refusal("not-feed-forward", f"{site.id} is an attention, not a feed-forward")
     if site.state is not State.LOWERABLE:
-        return Refusal("not-lowerable", "writing this block anew was not shown to be the identity", site.nodes[:1])
+        why = "writing this block anew was not shown to be the identity"
+        return _first_problem(site) or Refusal("not-lowerable", why, site.nodes[:1])
     if site.escapes:
         return Refusal("value-escapes", f"values inside are read from outside: {', '.join(site.escapes)}", site.escapes)
     return None

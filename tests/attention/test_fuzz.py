@@ -24,6 +24,7 @@ from rewriter.graph.onnx import OnnxGraph, load
 SEEDS = ("packed_unbind.eager.l17", "packed_qk_norm.sdpa.l17", "packed_chunk.sdpa.l17", "torch_mha.eager.l17")
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 KINDS = ("drop", "rewire", "operator", "attribute", "weight", "swap", "opset", "rename", "dims")
+KINDS += ("input", "domain", "repeat", "order", "dtype", "external", "output")
 OPERATORS = ("Add", "MatMul", "Softmax", "Transpose", "Reshape", "Identity", "Nonsense")
 ODD_DIMS = ([], [0], [1], [2, 0], [3, 5, 7], [2**31, 2**31], [-1])
 
@@ -63,6 +64,37 @@ def mutate(model: onnx.ModelProto, draw: st.DrawFn) -> None:
         tensor = graph.initializer[draw(st.integers(0, len(graph.initializer) - 1))]
         del tensor.dims[:]
         tensor.dims.extend(draw(st.sampled_from(ODD_DIMS)))
+    else:
+        mutate_more(model, node, kind, draw)
+
+
+def mutate_more(model: onnx.ModelProto, node: onnx.NodeProto, kind: str, draw: st.DrawFn) -> None:
+    """Changes of places, dtypes and declarations."""
+    graph = model.graph
+    tensor = draw(st.sampled_from(graph.initializer)) if graph.initializer else None
+    if kind == "input":
+        sizes = draw(st.sampled_from(graph.input)).type.tensor_type.shape.dim
+        for size in sizes[:1]:
+            size.dim_value = draw(st.sampled_from((0, 1, 7, -1, 2**28, 2**40)))
+    elif kind == "domain":
+        node.domain = draw(st.sampled_from(("com.microsoft", "elsewhere", "ai.onnx", "rewriter")))
+    elif kind == "repeat":
+        graph.node.add().CopyFrom(node)
+        for place in range(len(node.output)):
+            graph.node[-1].output[place] += "/again"
+    elif kind == "order":
+        graph.node.insert(0, onnx.NodeProto())
+        graph.node[0].CopyFrom(node)
+        graph.node.remove(node)
+    elif kind == "dtype" and tensor is not None:
+        tensor.data_type = draw(st.sampled_from((0, 7, 8, 10, 11, 16, 22, 99)))
+    elif kind == "external" and tensor is not None:
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        place = draw(st.sampled_from(("missing", "../outside", "/etc/hostname", "model.onnx", "")))
+        tensor.external_data.add(key="location", value=place)
+    elif kind == "output":
+        graph.output[0].name = draw(st.sampled_from(sorted({name for other in graph.node for name in other.output})))
 
 
 @st.composite

@@ -222,5 +222,7 @@ def test_a_wrong_name_of_an_activation_is_not_kept(tmp_path: Path, monkeypatch: 
 def test_masks_that_swallow_digits_hide_nothing(number: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _masked_by(_models()["qwen3.eager.d18"], number)
     judged = _judged("", tmp_path, monkeypatch, model)
-    assert [judged.judge.judge(site, node).state for site, node in judged.sites] == [State.LOWERABLE] * 4
+    seen = [*judged.sites]
+    assert [judged.judge.judge(site, node).state for site, node in seen] == [State.LOWERABLE] * 4
+    judged.sites = seen
     assert [what for what, _, problem in _mutants(judged) if problem is None] == []
