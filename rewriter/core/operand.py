@@ -205,7 +205,7 @@ class OutputProjection:
     time_first: bool = False
     flatten_like: str = ""
     channels_first: bool = False  # the result is (B, C, tokens...), with the token axes of `flatten_like`
-    # into how many heads the result is cut: (B, S, apart, D), axes in the order of `perm`; in rank 3 the first two merge
+    # heads the result is cut into: (B, S, apart, D), axes in the order of `perm`; in rank 3 the first two are merged
     apart: int = 0
     perm: tuple[int, ...] = ()
 
