@@ -72,6 +72,8 @@ def _one_back(trace: Trace, node: ir.Node, rank: int) -> str:
         data = names if node.op_type == "Concat" else names[:1]
         reached = [name for name in data if name not in trace.shaped and products_before(trace, name)[0]]
         return reached[0] if len(reached) == 1 else ""
+    if node.op_type in ("Mul", "Div") and names[1] in trace.fixed and trace.size(names[1]) == 1:
+        return names[0]  # shrunk before a maximum is subtracted, and grown again after it
     return names[0] if node.op_type in ROWS and rank == 2 else ""
 
 
