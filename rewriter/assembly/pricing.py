@@ -82,6 +82,9 @@ class _Pricer:
         states: dict[Options, Rewritten] = {(): Rewritten(site, facts.at(0.0))}
         found: dict[Options, float] = {}
         for options in combinations:
+            if any(self.passes[one.name].doubt(site, one, facts.at(0.0)) for one in options):
+                found[options] = float("inf")
+                continue
             state = self._reach(options, states)
             found[options] = state.statistics.regression.loss_share(output_weights(state.site)) if options else 0.0
         return found

@@ -26,6 +26,9 @@ from rewriter.core.site import (
 )
 
 
+PROBE = 1024.0  # moves scores that a mask of -1e9 was added to in single, and one of -1e4 in half precision
+
+
 def emit(builder: Builder, paths: Callable[[], Paths], site: Site) -> None:
     """The nodes of one site; its result takes the graph's name of the old result. `paths` is asked for only if needed.
 
@@ -51,13 +54,18 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
     )
     bias = _bias(b, paths, site, query, key)
+    kept = _kept(b, paths, site, query, key) if site.bias.kept[1] else ""
+    sink = "" if site.sink_H is None else b.constant(site.sink_H, "sink")
+    inputs = [query, key, value, bias, kept, sink]
+    while not inputs[-1]:
+        inputs.pop()
     attributes: dict[str, int | list[int]] = {}
     for role, projection in (("query", site.query), ("key", site.key), ("value", site.value)):
         attributes[f"{role}_heads"] = projection.heads
         attributes[f"{role}_head_of"] = list(projection.head_of)
     b.composite(
         "Attention",
-        *(name for name in (query, key, value, bias) if name),
+        *inputs,
         output=f"{site.id}/features",
         heads=site.heads,
         scale=float(site.scale),
@@ -65,6 +73,7 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         bias_kind=_bias_kind(site.bias),
         empty_rows=site.empty_rows,
         **attributes,
+        **({"window": site.bias.window, "sinks": site.bias.sinks} if site.bias.window else {}),
         **({} if site.precision == "fp32" else {"precision": "bf16"}),
     )
     b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
@@ -75,7 +84,7 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
 def _bias_kind(bias: ScoreBias) -> str:
     if bias.nothing:
         return "none"
-    alone = not bias.also_causal and not bias.padding
+    alone = not bias.also_causal and not bias.padding and not bias.window
     return "bool" if alone and bias.kind in ("bool", "causal") else "add"
 
 
@@ -175,15 +184,19 @@ def _kept_columns(b: Builder, table: str, turn: Rotary) -> str:
     return b.op("Reshape", b.op("Transpose", apart, perm=[0, 3, 2, 1, 4]), b.ints(0, 0, 0, turn.size))
 
 
-def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
-    bias = site.bias
+def _bias(
+    b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str, inner: bool = False
+) -> str:
+    bias, output = site.bias, "" if inner else f"{site.id}/bias"
     if bias.nothing:
         return ""
+    if bias.window:
+        return _windowed(b, paths, site, query, key)
     if bias.kind == "causal":
-        return _causal(b, site, query, key, "start", f"{site.id}/bias")
+        return _causal(b, site, query, key, "start", output)
     parts = [] if bias.kind == "none" else [_base_bias(b, paths, site, query, key)]
     if not bias.also_causal and not bias.padding:
-        return b.op("Identity", parts[0], output=f"{site.id}/bias")
+        return b.op("Identity", parts[0], output=output)
     if bias.kind == "bool":
         parts = [_hidden(b, parts[0], -np.inf)]
     if bias.also_causal:
@@ -191,7 +204,31 @@ def _bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: st
     if bias.padding:
         valid = b.unsqueeze(b.op("Cast", bias.padding, to=9), 1, 2)
         parts.append(_hidden(b, valid, bias.padding_fill))
-    return b.op("Sum", *parts, output=f"{site.id}/bias")
+    return b.op("Sum", *parts, output=output)
+
+
+def _windowed(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
+    """What else is added, and a number that hides keys far away: a finite one, so that no row loses its last key."""
+    bare = replace(site, bias=replace(site.bias, window=0, sinks=0))
+    added = _bias(b, paths, bare, query, key, inner=True)
+    if _bias_kind(bare.bias) == "bool":
+        added = _hidden(b, added, -np.inf)
+    far = _hidden(b, _near(b, site, query, key), max(-1e9, b.lowest / 2))
+    output = f"{site.id}/bias"
+    return b.op("Add", added, far, output=output) if added else b.op("Identity", far, output=output)
+
+
+def _near(b: Builder, site: AttentionSite, query: str, key: str) -> str:
+    """(1, 1, S, T), True where a key is less than the window away from the query, or a sink."""
+    zero, one = b.constant(np.array(0, np.int64)), b.constant(np.array(1, np.int64))
+    window, sinks = b.constant(np.array(site.bias.window, np.int64)), b.constant(np.array(site.bias.sinks, np.int64))
+    sizes = [b.op("Squeeze", b.size_of(n, _token_axis(p))) for n, p in ((query, site.query), (key, site.key))]
+    rows, columns = (
+        b.unsqueeze(b.op("Range", zero, size, one), axis) for size, axis in zip(sizes, (1, 0), strict=True)
+    )
+    before, after = b.op("Add", columns, window), b.op("Add", rows, window)
+    near = b.op("And", b.op("Less", rows, before), b.op("Less", columns, after))
+    return b.unsqueeze(b.op("Or", near, b.op("Less", columns, sinks)), 0, 1)
 
 
 def _hidden(b: Builder, allowed: str, fill: float) -> str:
@@ -212,6 +249,24 @@ def _base_bias(b: Builder, paths: Callable[[], Paths], site: AttentionSite, quer
         renamed = {bias.value: zero}
         b.copy(paths().between(bias.value, bias.path_end) or [], renamed)
         name = renamed[bias.path_end]
+    name = b.op("Log", name) if bias.logarithm else name
+    return _by_heads(b, bias, name)
+
+
+def _kept(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query: str, key: str) -> str:
+    """True where the scores move with the product: what another number than zero in its place changes."""
+    start, end = site.bias.kept
+    ends = []
+    zeros = _zeros(b, replace(site, bias=replace(site.bias, full_shape=True)), query, key)
+    for product in (zeros, b.op("Add", zeros, b.constant(np.array(PROBE)))):
+        renamed = {start: product}
+        b.copy(paths().between(start, end) or [], renamed)
+        ends.append(renamed[end])
+    return b.op("Not", b.op("Equal", *(_by_heads(b, site.bias, name) for name in ends)), output=f"{site.id}/kept")
+
+
+def _by_heads(b: Builder, bias: ScoreBias, name: str) -> str:
+    """What is added to the scores, with an axis for heads."""
     if bias.lead:
         shape = b.op("Shape", name)
         rest = b.op("Slice", shape, b.ints(1 + len(bias.lead)), b.ints(3 + len(bias.lead)))

@@ -56,6 +56,10 @@ class Pass(ABC):
     def apply(self, site: Site, option: Option, statistics: Statistics | None) -> Site:
         """The rewritten site. `statistics` is given to calibrated passes and describes this very site."""
 
+    def doubt(self, site: Site, option: Option, statistics: Statistics) -> Refusal | None:
+        """Why what was seen on data speaks against an option, or None; a search then leaves the option out."""
+        return None
+
     def losses(self, site: Site, statistics: Statistics) -> Mapping[Option, float]:
         """The squared output error of options that follow from `statistics` alone, for all levels in one sweep.
 

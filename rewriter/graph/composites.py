@@ -32,9 +32,9 @@ SIGNATURES: dict[str, Signature] = {
     "Linear": Signature((2, 3), (), ("activation", "precision")),
     "SplitHeads": Signature((1, 1), ("heads",)),
     "Attention": Signature(
-        (3, 4),
+        (3, 6),
         ("heads", "scale", *(f"{role}_heads" for role in _ROLES), *(f"{role}_head_of" for role in _ROLES)),
-        ("softcap", "bias_kind", "empty_rows", "precision"),
+        ("softcap", "bias_kind", "empty_rows", "precision", "window", "sinks"),
     ),
     "Rotary": Signature((3, 3), ("size",), ("interleaved", "sign")),
     "HeadNorm": Signature((2, 3), ("kind", "epsilon")),
@@ -50,12 +50,15 @@ def composite(
       `precision` says how the operands of the product are rounded: fp32 (default), bf16 (to nearest, fp32 sums), int8
       (columns of W: 127 levels of either sign; rows of x: 255 levels from the least to the largest; exact sums).
     - ``SplitHeads(x_BSN)``, `heads`: (B, heads, S, N / heads).
-    - ``Attention(query, key, value, bias?)`` -> (B, S, H * Dv): ``softmax(cap(scale * Q K^T) + bias) V``. Operands of
+    - ``Attention(query, key, value, bias?, kept?, sink?)`` -> (B, S, H * Dv):
+      ``softmax(cap(scale * Q K^T) + bias) V``. Operands of
       rank 3 are (B, tokens, G * D), of rank 4 (B, G, tokens, D). `heads` is H, `query_heads`, `key_heads`,
       `value_heads` are each operand's G, `query_head_of`, `key_head_of`, `value_head_of` say which of its heads
       each of the H reads. `softcap` 0 is none; `bias_kind` is none, add or bool (True may attend); bias broadcasts
-      to (B, H, S, T). `empty_rows` (nan, zero) is what rows without an allowed key give. `precision` is fp32, or bf16:
-      Q, scale * K, V and the exponentials are rounded to it, sums are not.
+      to (B, H, S, T). Where `kept`, which broadcasts like it, is False, the bias alone is the score. `sink` has a logit
+      for each of the H that every row of the softmax holds beside its keys, with no value. `empty_rows` (nan, zero) is what rows without an allowed key give. `precision` is fp32, or bf16:
+      Q, scale * K, V and the exponentials are rounded to it, sums are not. `window` and `sinks` repeat what the bias
+      does, for kernels that skip what it hides: keys `window` or more tokens away, but for the first `sinks`.
     - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading dims ``u * cos + sign * rotate(u) * sin``.
     - ``HeadNorm(x, gain, bias?)``, `kind` (layer, rms), `epsilon`: over the last axis.
 

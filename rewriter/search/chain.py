@@ -49,9 +49,10 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
             "kind": "attention",
             "operands": [_operand_facts(p) for p in (site.query, site.key, site.value)],
             "output": [] if site.output is None else [*site.output.weight_HDC.shape, site.output.bias_C is not None],
-            "bias": [site.bias.kind, site.bias.heads_axis],
+            "bias": [site.bias.kind, site.bias.heads_axis, *([site.bias.window] if site.bias.window else [])],
             "softcap": bool(site.softcap),
             "empty_rows": site.empty_rows,
+            "extras": [bool(site.bias.kept[1]), site.sink_H is not None],
         }
     elif isinstance(site, LinearSite):
         facts |= {
@@ -73,7 +74,12 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
 def _operand_facts(operand: Projection) -> list[Any]:
     weight = operand.weight_CGD
     shape = [operand.heads, operand.dim] if weight is None else list(weight.shape)
-    extras: list[int] = [operand.bias_GD is not None, operand.norm is not None, operand.rotary is not None, bool(operand.past)]
+    extras: list[int] = [
+        operand.bias_GD is not None,
+        operand.norm is not None,
+        operand.rotary is not None,
+        bool(operand.past),
+    ]
     if operand.rotary is not None and operand.rotary.keep:
         extras += [operand.rotary.size, len(set(operand.rotary.keep))]
     return [*shape, *extras, list(operand.head_of)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,19 @@ def test_dropped_frequency_pairs_have_tables_per_head(tmp_path: Path) -> None:
     save_plan(tmp_path, graph, plan, found.sites, built.sites.values())
     sites = restore(graph, found.sites, tmp_path)[1]
     assert lower(graph, [sites.get(s.id, s) for s in found.sites]).fingerprint() == lowered.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_a_window_is_the_mask_it_says(name: str) -> None:
+    graph, found = model(name)
+    wide, narrow = (
+        [replace(s, bias=replace(s.bias, window=w, sinks=1)) if not s.cross else s for s in found.attention]
+        for w in (64, 2)
+    )
+    feed = feeds(graph, 5, 1)[0]
+    before, after, standard = (
+        Interpreter(one).run(feed) for one in (graph, lower(graph, wide), to_standard(lower(graph, narrow)))
+    )
+    for key in before:
+        np.testing.assert_allclose(after[key], before[key], atol=2e-5)
+        assert not np.allclose(standard[key], before[key], atol=1e-3)
