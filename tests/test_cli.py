@@ -147,7 +147,7 @@ def test_a_config_file_gives_options_and_the_command_line_wins(
 def test_inspect_prints_what_there_is(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(encoder)]) == 0
     table = capsys.readouterr().out
-    assert "2 attentions, 2 feed-forwards" in table and "layers.1.attention" in table and "head_pruning" in table
+    assert "2 attentions, 2 feed-forwards" in table and "layers.0-1.attention" in table and "head_pruning" in table
     assert main(["inspect", "--json", str(encoder)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [site["heads"] for site in found["attention"]] == [4, 4]
