@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rewriter.attention.trace import Trace, close, inputs_of, outputs_of
+from rewriter.attention.operands import Operand
+from rewriter.attention.trace import SHAPES, Trace, close, inputs_of, outputs_of
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
 from rewriter.core.site import Array, ScoreBias
 
 MASKED = 1e3  # an additive term beyond this hides the content in the probe
 FAR = 1e6
+OVERFLOW = 1e4  # scores cut off beyond this are kept from overflowing; no logits of a model come near
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
     softcap = bound if bound < 0.5 * FAR * abs(slope) else 0.0
     if not softcap:
         slope = _slope(far[free] - zero[free], FAR * np.sign(raw[free]))
+    elif softcap >= OVERFLOW and _straight(trace, (product, scores), 0.5 * softcap / slope * np.sign(random), free):
+        softcap = 0.0
     else:
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
     if not softcap and not close(one[free] - zero[free], slope * raw[free], 1e-8):
@@ -59,6 +63,15 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
         if slope == 0.0 or not close(got[free] - zero[free], expected[free], 1e-8):
             raise Refused("unknown-score-function", "scores are no affine or capped function of the content product")
     return ScoreFunction(tidy(slope), tidy(softcap), zero)
+
+
+def _straight(trace: Trace, ends: tuple[str, str], content: Array, free: Array) -> bool:
+    """Whether scores are still proportional to a product as large as this."""
+    probed = trace.probe(*ends, [0 * content, 0.01 * content, content])
+    if probed is None:
+        return False
+    zero, hundredth, whole = probed
+    return close((whole - zero)[free], 100 * (hundredth - zero)[free], 1e-8)
 
 
 def _slope(effect: Array, raw: Array) -> float:
@@ -113,7 +126,8 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
         if shape == zero.shape or heads == 1:
             return ScoreBias("value", added, heads_axis=heads, folded=True)
     tiny = np.zeros([1] * len(trace.shape(product)))
-    small = _try_probe(trace, product, scores, tiny) if not folded else None
+    measured = any(node.op_type in SHAPES for node in trace.paths.between(product, scores) or [])
+    small = _try_probe(trace, product, scores, tiny) if not folded and not measured else None
     if small is not None and small.ndim == 4 and np.array_equal(np.broadcast_to(small, zero.shape), zero):
         return ScoreBias("path", product, scores, heads_axis=small.shape[1])
     return ScoreBias(
@@ -125,6 +139,28 @@ def read_bias(trace: Trace, product: str, scores: str, heads: int, zero: Array) 
         folded=folded,
         product_rank=len(trace.shape(product)),
     )
+
+
+def read_shares(trace: Trace, product: str, weights: Operand, heads: int) -> tuple[ScoreBias, Array]:
+    """The logarithm of the shares that keys get with a content of zero: what is added where keys are hidden late."""
+    shape, rank = trace.shape(weights.name), len(trace.shape(weights.name))
+    if weights.axes != tuple(range(rank)) or rank not in (3, 4) or trace.shape(product) != shape:
+        raise Refused("hidden-late", "keys are taken out after the exponential of scores with another layout")
+    probed = trace.probe(product, weights.name, [np.zeros(shape)])
+    assert probed is not None
+    with np.errstate(divide="ignore"):
+        offset = np.log(probed[0])
+    bias = ScoreBias(
+        "path",
+        product,
+        weights.name,
+        full_shape=True,
+        heads_axis=heads,
+        folded=rank == 3,
+        product_rank=rank,
+        logarithm=True,
+    )
+    return bias, offset
 
 
 def _filled(trace: Trace, product: str, scores: str) -> ScoreBias | None:
