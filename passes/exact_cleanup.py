@@ -82,6 +82,8 @@ def key_bias_refusal(site: AttentionSite) -> Refusal | None:
         return Refusal("nothing-to-do", "keys have no bias")
     if site.softcap:
         return Refusal("soft-cap", "a soft-cap bends what the key bias adds to all scores of a row")
+    if site.sink_H is not None or site.bias.kept[1]:
+        return Refusal("not-all-scores", "some scores of a row are made without the keys, and the key bias misses them")
     if not site.key.plain:
         return Refusal("key-not-plain", "a norm or rotation after the key bias makes it depend on content or position")
     return None
@@ -93,6 +95,8 @@ def value_bias_refusal(site: AttentionSite) -> Refusal | None:
         return Refusal("nothing-to-do", "values have no bias")
     if not site.value.plain:
         return Refusal("value-not-plain", "a norm or rotation follows the value bias")
+    if site.sink_H is not None:
+        return Refusal("sink", "attention on the sink is lost, so that rows do not sum to one")
     if site.empty_rows == "zero" and site.bias.kind != "none":
         return Refusal("empty-rows", "queries without any allowed key give zero here, and would give the bias instead")
     return None

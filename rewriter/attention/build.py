@@ -77,7 +77,9 @@ class Builder:
     def composite(self, operator: str, /, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A composite operator; returns the name of its output."""
         output = output or self.name(operator.lower())
-        return self._add(composite(operator, [self.value(name) for name in inputs], output, **attributes))
+        return self._add(
+            composite(operator, [self.value(name) if name else None for name in inputs], output, **attributes)
+        )
 
     def copy(self, nodes: Iterable[ir.Node], renamed: dict[str, str]) -> None:
         """The same nodes again with other inputs; `renamed` gains the new names of their outputs."""

@@ -41,6 +41,8 @@ class Core:
     dims: tuple[int, int] = (0, 0)  # queries and keys, where operands do not tell
     problems: tuple[Refusal, ...] = ()
     before: tuple[Step, ...] = ()  # makes values that the bias refers to
+    sink_H: Array | None = None
+    content: tuple[str, str] = ("", "")  # the product of queries and keys, and the scores it becomes
 
 
 def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) -> AttentionSite:
@@ -68,6 +70,7 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
         heads=heads,
         scale=tidy(core.scale * query.factor * key.factor),
         softcap=core.softcap,
+        sink_H=core.sink_H,
         bias=core.bias,
         empty_rows=core.empty_rows,
         cross=_cross(trace, query.projection, key.projection),
@@ -79,6 +82,8 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
         names={
             "context": core.context.name,
             "probabilities": core.probabilities,
+            "product": core.content[0],
+            "scores": core.content[1],
             "inner": "\n".join(name for name in core.inner if name != last),
         },
         before=(*core.before, *_steps(raised)),

@@ -23,6 +23,7 @@ from rewriter.attention.identity import (
     unnoticed,
 )
 from rewriter.attention.lower import result_of
+from rewriter.attention.other_ways import Change, other_ways, unchanged
 from rewriter.attention.region import Regions
 from rewriter.attention.trace import Trace, drawn
 from rewriter.core.refusal import Refusal, Refused
@@ -43,6 +44,7 @@ class Judge:
         self.raise_site = raise_site
         self._regions = Regions(first)
         self._verdicts: dict[str, Refusal | None] = {}
+        self._changes: dict[str, Change] = {}
         self._names_hold: dict[str, bool] = {}
         self._tolerance = TOLERANCE
         self._noisy_sites: dict[str, RaisedSite] = {}
@@ -54,9 +56,11 @@ class Judge:
             return site
         kind = self._regions.fingerprint(site)
         if kind not in self._verdicts:
-            self._verdicts[kind] = problem = self._proved(site, node)
+            self._verdicts[kind] = problem = self._proved_somehow(site, node, kind)
+            site = self._changes.get(kind, unchanged)(site)
         else:
-            problem = self._verdicts[kind] or self._like_a_proved_one(site, node)
+            site = self._changes.get(kind, unchanged)(site)
+            problem = self._verdicts[kind] or self._like_a_proved_one(site, node, self._changes.get(kind, unchanged))
         if problem:
             return demoted(site, problem)
         return replace(self._truly_named(site, kind), state=State.LOWERABLE)
@@ -69,20 +73,32 @@ class Judge:
             self._names_hold[kind] = holds(self.first, site.activation, site.path_start, site.path_end)
         return site if self._names_hold[kind] else replace(site, activation="path")
 
-    def _like_a_proved_one(self, site: RaisedSite, node: ir.Node) -> Refusal | None:
+    def _like_a_proved_one(self, site: RaisedSite, node: ir.Node, change: Change) -> Refusal | None:
         """The site compared once; in full after all, if its own numbers would not show a mistake."""
-        return local_problem(self.first, site) if telling(self.first, site) else self._proved(site, node)
+        return local_problem(self.first, site) if telling(self.first, site) else self._proved(site, node, change)
+
+    def _proved_somehow(self, site: RaisedSite, node: ir.Node, kind: str) -> Refusal | None:
+        """The site as it was raised, or else told in another way: the first that is the identity."""
+        problem = self._proved(site, node)
+        if problem is None or problem.code not in ("identity", "identity-under-masks"):
+            return problem
+        for change in other_ways(site):
+            if self._proved(change(site), node, change) is None:
+                self._changes[kind] = change
+                return None
+        return problem
 
     def forget(self, before: int) -> None:
         """Drop values that nodes from topological index `before` on do not read."""
         for trace in (self.first, self.noisy, self.second, self.noisy_second):
             trace.env.prune(before)
 
-    def _proved(self, site: RaisedSite, node: ir.Node) -> Refusal | None:
+    def _proved(self, site: RaisedSite, node: ir.Node, change: Change = unchanged) -> Refusal | None:
         try:
             noisy = self.raise_site(self.noisy, node)
         except Refused:
             noisy = None
+        noisy = None if noisy is None else change(noisy)
         if noisy is None or result_of(noisy) != result_of(site):
             return Refusal("unstable", "with other weights the site is not recognised", site.nodes)
         self._noisy_sites[result_of(site)] = noisy

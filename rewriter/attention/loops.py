@@ -89,9 +89,18 @@ def merged(trace: Trace, loop: Loop, part_of: Callable[[ir.Node], Part]) -> Part
         bias=merged_bias(trace, [core.bias for core in cores], heads),
         offset=np.concatenate(slots, 1),
         nodes=tuple(node for core in cores for node in core.nodes),
+        sink_H=_sinks(cores),
+        content=("", ""),
         inner=tuple(dict.fromkeys(name for core in cores for name in core.inner)),
     )
     return core, (query, key, value)
+
+
+def _sinks(cores: Sequence[Core]) -> Array | None:
+    sinks = [core.sink_H for core in cores if core.sink_H is not None]
+    if sinks and len(sinks) < len(cores):
+        raise Refused("loop-of-heads", "some heads have a sink")
+    return np.concatenate(sinks) if sinks else None
 
 
 def _slots(offset: Array | None, batch: int, heads: int) -> Array:

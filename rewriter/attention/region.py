@@ -98,6 +98,7 @@ def _description(site: RaisedSite) -> str:
     assert isinstance(site, AttentionSite) and site.output is not None
     parts: list[Any] = [_projection(p) for p in (site.query, site.key, site.value)]
     parts += [site.heads, site.scale, site.softcap, site.bias.kind, site.bias.heads_axis, site.bias.folded]
+    parts += [site.bias.logarithm, bool(site.bias.kept[1]), site.sink_H is None]
     parts += [site.empty_rows, site.mask, site.causal, site.position, site.cross, site.example_shape]
     parts += [site.output.rank, site.output.time_first, site.output.weight_HDC.shape, bool(site.escapes)]
     parts += [site.output.perm, site.output.bare]

@@ -14,9 +14,10 @@ from rewriter.attention.folding import in_item_order
 from rewriter.attention.fused import is_fused, read_fused
 from rewriter.attention.loops import Loop, Part, loop_around, merged
 from rewriter.attention.operands import Product, matrix_product
-from rewriter.attention.projections import scaled_per_head
+from rewriter.attention.projections import raise_operand, scaled_per_head
 from rewriter.attention.rough import rough_site
-from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, tidy
+from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, read_shares, tidy
+from rewriter.attention.softmaxes import mixing_weights
 from rewriter.attention.trace import Trace, close, label, outputs_of
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import Array, AttentionSite
@@ -74,7 +75,10 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
     heads = len(raised[0].projection.head_of)
     if function.slopes is not None:
         raised = (scaled_per_head(raised[0], _per_head(function.slopes, heads)), *raised[1:])
-    bias = read_bias(trace, product.result.name, softmax.scores, heads, function.offset)
+    name, offset = product.result.name, function.offset
+    bias = read_bias(trace, name, softmax.scores, heads, offset)
+    if softmax.hides:
+        bias, offset = read_shares(trace, name, mixing_weights(trace, anchor.reader), heads)
     why = Refusal("softmax-axis", "what is added to the scores has keys before queries", (label(node),))
     core = Core(
         query,
@@ -84,12 +88,14 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
         function.slope,
         function.softcap,
         bias,
-        function.offset.swapaxes(-1, -2) if softmax.turned else function.offset,
+        offset.swapaxes(-1, -2) if softmax.turned else offset,
         _empty_rows(trace, anchor),
         anchor.probabilities,
         (product.node, node, anchor.reader.node),
-        (product.result.name, anchor.probabilities, context.name),
+        (name, anchor.probabilities, context.name),
         problems=(why,) if softmax.turned and bias.kind != "none" else (),
+        sink_H=None if softmax.sink is None else _sink(softmax.sink, raised[0].batch, heads),
+        content=("", "") if softmax.turned else (name, softmax.scores),
     )
     return core, raised
 
@@ -102,6 +108,14 @@ def _per_head(slopes: Array, heads: int) -> tuple[float, ...]:
     return tuple(tidy(float(factor)) for factor in rows[0])
 
 
+def _sink(logits: Array, batch: int, heads: int) -> Array:
+    """One logit for each head, the same for every query."""
+    rows = logits.reshape(batch, heads, -1)
+    if not close(np.exp(rows - rows[:1, :, :1]), np.ones_like(rows), 1e-8):
+        raise Refused("sink-per-token", "what the softmax holds beside its keys differs between queries")
+    return np.array([tidy(float(logit)) if abs(logit) > 1e-12 else 0.0 for logit in rows[0, :, 0]])
+
+
 def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
     """The one product the scores are an element-wise function of; position terms fail that test."""
     found, why = [], Refused("no-content-term", "no product of queries and keys reaches the scores")
@@ -110,6 +124,8 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
             found.append((node, read_scores(trace, outputs_of(node)[0], anchor.softmax.scores)))
         except Refused as problem:
             why = problem
+    if len(found) > 1:
+        found = [entry for entry in found if _of_one_source(trace, anchor, entry[0])] or found
     if len(found) > 1:
         nodes = tuple(label(node) for node, _ in found)
         raise Refused("several-content-terms", "more than one product could be queries times keys", nodes)
@@ -121,6 +137,17 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
     if product.result.axes != tuple(range(len(product.result.axes))):
         raise Refused("product-form", "the product of queries and keys is permuted", (label(product.node),))
     return product, found[0][1]
+
+
+def _of_one_source(trace: Trace, anchor: Anchor, node: ir.Node) -> bool:
+    """Whether the keys of a product are made of what the values are made of; others merely add to the scores."""
+    try:
+        value, _ = values_product(trace, anchor.reader)
+        product = matrix_product(trace, node)
+        sources = [raise_operand(trace, each).projection.source for each in (product.right, product.left, value)]
+    except Refused:
+        return False
+    return bool(sources[2]) and sources[2] in sources[:2]
 
 
 def _empty_rows(trace: Trace, anchor: Anchor) -> Literal["nan", "zero"]:

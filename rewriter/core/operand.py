@@ -151,9 +151,9 @@ class ScoreBias:
     (`also_causal`:
     aligned at the ``start`` or ``end`` of the keys) and `padding`, a value (B, T) that is not zero where a key is
     valid; other keys get `padding_fill`. With a `window` of w, keys w or more tokens away from the query are hidden,
-    but for the first `sinks` keys; 0 is no window. With `logarithm` the end of a ``path`` is a share of attention, whose
-    logarithm is added. `kept` names the ends of the path that tells where the content counts at all: where the scores do
-    not move with the product, what is added to them is the score.
+    but for the first `sinks` keys; 0 is no window. With `logarithm` the end of a ``path`` is a share of attention,
+    whose logarithm is added. `kept` names the ends of the path that tells where the content counts at all: where the
+    scores do not move with the product, what is added to them is the score.
     """
 
     kind: Literal["none", "value", "bool", "causal", "fill", "path"] = "none"

@@ -72,7 +72,8 @@ class AttentionSite:
     `escapes` lists values inside the region that something outside reads (probabilities, queries, keys, values).
     `example_shape` has the sizes (B, S, T) met while raising, `order` the position of the site in the data flow.
     `precision` rounds the operands of every projection; below fp32 those of scores and mixing are in bf16.
-    `before` makes values that the description refers to and the graph does not hold, `after` further results of the site.
+    `sink_H` is a logit that every row of the softmax holds beside its keys, with no value; None if there is none.
+    `before` makes values that the description refers to and the graph does not hold, `after` further results of it.
     """
 
     id: str
@@ -97,6 +98,7 @@ class AttentionSite:
     order: int = 0
     precision: Precision = "fp32"
     names: Mapping[str, str] = field(default_factory=dict)
+    sink_H: Array | None = None
     before: tuple[Step, ...] = ()
     after: tuple[Step, ...] = ()
 
@@ -135,6 +137,7 @@ class AttentionSite:
             key=self.key.keep_heads(query_heads),
             value=self.value.keep_heads(query_heads),
             bias=self.bias.keep_heads(query_heads),
+            sink_H=None if self.sink_H is None else self.sink_H[list(query_heads)],
             output=replace(self.output, weight_HDC=np.ascontiguousarray(self.output.weight_HDC[list(query_heads)])),
         )
 

@@ -102,12 +102,24 @@ def _decomposed(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bia
     if softcap:
         capped = e.op("Tanh", e.op("Mul", scores_BHST, e.scalar(1.0 / softcap, dtype)))
         scores_BHST = e.op("Mul", capped, e.scalar(softcap, dtype))
+    kept, sink = (*e.node.inputs[4:6], None, None)[:2]
+    if kept is not None:
+        scores_BHST = e.op("Where", kept, scores_BHST, e.scalar(0.0, dtype))
     scores_BHST = _biased(e, scores_BHST, bias, dtype)
-    weights_BHST = e.op("Softmax", scores_BHST, axis=-1)
+    weights_BHST = _softmax(e, scores_BHST, sink)
     features_BHSD = e.op("MatMul", weights_BHST, _four_axes(e, value))
     if attributes.get_string("empty_rows", "nan") == "zero":
         features_BHSD = _zero_where_empty(e, weights_BHST, features_BHSD, dtype)
     return _joined(e, features_BHSD, heads, value.dim)
+
+
+def _softmax(e: Emitter, scores_BHST: ir.Value, sink_H: ir.Value | None) -> ir.Value:
+    if sink_H is None:
+        return e.op("Softmax", scores_BHST, axis=-1)
+    sink_H11 = e.op("Reshape", sink_H, e.ints(-1, 1, 1))
+    lead = e.op("Slice", e.op("Shape", scores_BHST), e.ints(0), e.ints(3))
+    sink_BHS1 = e.op("Expand", sink_H11, e.op("Concat", lead, e.ints(1), axis=0))
+    return e.cut(e.op("Softmax", e.op("Concat", scores_BHST, sink_BHS1, axis=-1), axis=-1), 0, -1)
 
 
 def _biased(e: Emitter, scores_BHST: ir.Value, bias: ir.Value | None, dtype: np.dtype[Any]) -> ir.Value:
@@ -140,6 +152,8 @@ def _agrees(e: Emitter, query: _Operand, key: _Operand, value: _Operand, bias: i
     """
     attributes = e.node.attributes
     heads = attributes.get_int("heads", query.heads)
+    if any(value is not None for value in e.node.inputs[4:]):
+        return False
     if e.opset < 23 or query.head_of != tuple(range(heads)) or query.heads != heads:
         return False
     if heads % key.heads or (key.heads, key.head_of) != (value.heads, value.head_of):

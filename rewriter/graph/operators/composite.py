@@ -48,19 +48,33 @@ def split(call: Call, x_BSN: Tensor) -> Tensor:
 
 
 @operator("Attention", domain=COMPOSITE_DOMAIN)
-def attention(call: Call, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    kept: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
     """``softmax(cap(scale * Q K^T) + bias) V`` as (B, S, H * Dv), both products in bfloat16 if `precision` says so."""
     q, k, v = (_operand(call, tensor, role) for tensor, role in ((query, "query"), (key, "key"), (value, "value")))
     scale, narrow = call.get("scale", 1.0), call.get("precision", "fp32") == "bf16"
-    if not narrow and _fused_form_agrees(call, q, bias):
+    if not narrow and kept is None and sink is None and _fused_form_agrees(call, q, bias):
         mask = bias if bias is None or bias.dtype == torch.bool else bias.to(q.dtype)
         return merge_heads(functional.scaled_dot_product_attention(q, k, v, mask, scale=call.get("scale", 1.0)))
     q, k, v = (to_bf16(q), to_bf16(k * scale), to_bf16(v)) if narrow else (q * scale, k, v)
     scores = soft_cap(q @ k.transpose(-1, -2), call.get("softcap", 0.0))
+    if kept is not None:
+        scores = torch.where(kept, scores, torch.zeros((), dtype=scores.dtype))
     if bias is not None:
         kind = call.get("bias_kind", "add")
         scores = scores.masked_fill(~bias, -torch.inf) if kind == "bool" else scores + bias
+    if sink is not None:
+        column = sink.to(scores.dtype).reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
     weights = softmax_to_bf16(scores) if narrow else torch.softmax(scores, -1)
+    weights = weights if sink is None else weights[..., :-1]
     if bias is not None and call.get("empty_rows", "nan") == "zero":
         weights = torch.where(torch.isnan(weights), torch.zeros_like(weights), weights)
     return merge_heads(weights @ v)

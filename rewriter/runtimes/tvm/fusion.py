@@ -228,7 +228,7 @@ def _window_only(program: Program) -> set[str]:
     read: set[str] = set()
     other: set[str] = set(program.outputs)
     for node in program.nodes:
-        operands = node.inputs[:3] if node.key == ATTENTION else ()
+        operands = node.inputs[:3] if node.key == ATTENTION and not any(node.inputs[4:]) else ()
         read.update(name for name in operands if len(program.shape(name)) == 3)
         other.update(node.inputs[len(operands) :])
     return read - other

@@ -10,6 +10,7 @@ from tvm import relax
 
 from rewriter.runtimes.tvm.kernels import attention, flash, flash_bf16
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
+from rewriter.runtimes.tvm.operators.attention_written import written_out
 from rewriter.runtimes.tvm.operators.reductions import norm_call
 from rewriter.runtimes.tvm.operators.registry import integers, lowers
 from rewriter.runtimes.tvm.program import Node
@@ -21,6 +22,8 @@ ROLES = ("query", "key", "value")
 @lowers("rewriter:Attention")
 def _attention(lowering: Lowering, node: Node) -> Any:
     """Operands may be windows of wider buffers: attributes `*_window` = (offset, width) after packing."""
+    if node.input(4) or node.input(5):
+        return written_out(lowering, node)
     operands = {role: _operand(lowering, node, index, role) for index, role in enumerate(ROLES)}
     batch = max(operand.shape[0] for operand in operands.values())
     for role, operand in operands.items():
