@@ -62,11 +62,12 @@ def test_the_json_has_the_shape_that_is_promised(name: str) -> None:
 
 def test_the_page_gathers_layers_that_are_alike() -> None:
     graph = exported.llama()
-    page = inspection_page(describe(exported.recognised(graph), graph, refusals))
+    verdicts = {"one": None, "two": Refusal("rotary", "queries are rotated")}
+    page = inspection_page(describe(exported.recognised(graph), graph, lambda site: verdicts))
     assert "2 attentions, 2 feed-forwards. Lowerable, that is shown to compute the same" in page
     assert "layers.0-1.attention     self        lowerable  4 / 2 KV  6     rotary" in page
-    assert "layers.0-1.attention: no low_rank_qk" in page
-    assert "(rotary)" in page
+    assert "  layers.0-1.attention: one\n" in page
+    assert "  layers.0-1.attention: no two: queries are rotated (rotary)" in page
     assert max(map(len, page.splitlines())) <= 120
 
 
