@@ -57,8 +57,9 @@ def composite(
       each of the H reads. `softcap` 0 is none; `bias_kind` is none, add or bool (True may attend); bias broadcasts
       to (B, H, S, T). Where `kept`, which broadcasts like it, is False, the bias alone is the score. `sink` has a logit
       for each of the H that every row of the softmax holds beside its keys, with no value. `empty_rows` (nan, zero) is
-      what rows without an allowed key give. `precision` is fp32, or bf16: Q, scale * K, V and the exponentials are rounded to it, sums are not. `window` and `sinks` repeat what the bias
-      does, for kernels that skip what it hides: keys `window` or more tokens away, but for the first `sinks`.
+      what rows without an allowed key give. `precision` is fp32, or bf16: Q, scale * K, V and the
+      exponentials are rounded to it, sums are not. `window` and `sinks` repeat what the bias does, for kernels that
+      skip what it hides: keys `window` or more tokens away, but for the first `sinks`.
     - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading dims ``u * cos + sign * rotate(u) * sin``.
     - ``HeadNorm(x, gain, bias?)``, `kind` (layer, rms), `epsilon`: over the last axis.
 
