@@ -85,7 +85,7 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
         key,
         value,
         context,
-        function.slope,
+        function.slope * product.factor,
         function.softcap,
         bias,
         offset.swapaxes(-1, -2) if softmax.turned else offset,

@@ -169,3 +169,24 @@ def test_grouped_queries_that_make_a_cache(tmp_path: Path, packed: bool) -> None
     assert site.state is State.LOWERABLE, site.problems
     assert site.cached
     assert (site.heads, site.kv_heads, site.key.head_of, site.causal) == (HEADS, 2, (0, 0, 1, 1), True)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_fused_with_scale_and_transposes(tmp_path: Path, turned: bool) -> None:
+    made = Made()
+    shape, order = made.constant(np.array([0, 0, HEADS, DIM])), (0, 2, 1, 3)
+    query, key, value = (made.op("Reshape", made.linear(), shape) for _ in range(3))
+    query, value = (made.op("Transpose", one, perm=order) for one in (query, value))
+    key = made.op("Transpose", key, perm=(0, 2, 3, 1) if turned else order)
+    scores = made.op("FusedMatMul", query, key, domain=MICROSOFT, alpha=0.3, transB=int(not turned))
+    mixed = made.op("FusedMatMul", made.op("Softmax", scores, axis=-1), value, domain=MICROSOFT)
+    merged = made.op("Reshape", made.op("Transpose", mixed, perm=order), made.constant(np.array([0, 0, WIDTH])))
+    made.op(
+        "FusedMatMul", merged, made.weight(WIDTH, WIDTH), outputs=("result",), domain=MICROSOFT, alpha=2.0, transB=1
+    )
+    site = only(made.finished(tmp_path))
+    assert site.state is State.LOWERABLE, site.problems
+    assert site.scale == pytest.approx(0.3)
+    assert site.output is not None
+    weight = numpy_helper.to_array(made.weights[-1])
+    np.testing.assert_allclose(site.output.weight_HDC.reshape(WIDTH, WIDTH), 2 * weight.T, rtol=1e-6)

@@ -169,15 +169,21 @@ def matmul_n_bits(
     bits, block, width, inner = (call.need(name) for name in ("bits", "block_size", "N", "K"))
     if bits not in (4, 8) or (groups is not None and groups.numel()):
         raise call.unsupported(f"{bits} bits" if bits not in (4, 8) else "a group index")
+    result = a @ n_bits_weight(packed, scales, zeros, bits, block, width, inner).T.to(a.dtype)
+    return result if bias is None else result + bias
+
+
+def n_bits_weight(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, width: int, inner: int
+) -> Tensor:
+    """The matrix (N, K) behind packed weights, in the dtype of their scales."""
     blocks = -(-inner // block)
     weight = _unpacked(packed.reshape(width, blocks, -1), bits)[..., :block].to(scales.dtype)
     zero = torch.tensor(2 ** (bits - 1), dtype=scales.dtype)
     if zeros is not None:
         whole = zeros if zeros.is_floating_point() else _unpacked(zeros.reshape(width, -1), bits)
         zero = whole.reshape(width, -1)[:, :blocks, None].to(scales.dtype)
-    weight_NK = ((weight - zero) * scales.reshape(width, blocks, 1)).reshape(width, -1)[:, :inner]
-    result = a @ weight_NK.T.to(a.dtype)
-    return result if bias is None else result + bias
+    return ((weight - zero) * scales.reshape(width, blocks, 1)).reshape(width, -1)[:, :inner]
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
