@@ -130,6 +130,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.emit != "artifact" and not self.compile_only:
             raise OptionError(f"--emit {self.emit} times nothing", "Add --compile-only")
+        if self.tuner != "templates" and (self.compile_only or self.rpc is not None or self.runtime == "onnxruntime"):
+            raise OptionError(f"--tuner {self.tuner} measures kernels of TVM on this machine", "Leave the others out")
         if (self.rpc is None) != (self.key is None):
             raise OptionError("--rpc and --key belong together", "Write --rpc HOST:PORT --key NAME")
         if self.rpc is not None:

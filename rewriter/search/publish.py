@@ -27,6 +27,7 @@ _CARRIED = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 _NEVER_CARRIED = {"report.json", "plan.json", "model.json", "report.md"}
 _BUCKET_STEP = 32
 _BUILD_LIMIT_S = 600.0
+_SEARCH_LIMIT_S = 3600.0
 
 
 def publish(session: Session, outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -118,8 +119,9 @@ def _build(session: Session, outcome: Outcome) -> Path:
     shapes, pad = buckets(session)
     saved = outcome.kept.graph.save(session.folder / "kept.onnx")
     spec, target = f"{__name__}:build_buckets", session.target
-    arguments = (saved, shapes, session.folder / "kept", target, pad, session.cache / "compiled")
-    built = session.builder.call(spec, *arguments, timeout_s=_BUILD_LIMIT_S)
+    searching = session.options.tuner == "metaschedule" and not target.elsewhere
+    arguments = (saved, shapes, session.folder / "kept", target, pad, session.cache / "compiled", searching)
+    built = session.builder.call(spec, *arguments, timeout_s=_SEARCH_LIMIT_S if searching else _BUILD_LIMIT_S)
     if isinstance(built, WorkerFailure):
         raise ModelError(f"the TVM build failed: {built}", "model.onnx runs in ONNX Runtime all the same")
     return Path(built)
@@ -132,12 +134,19 @@ def build_buckets(
     target: Target,
     pad: Mapping[str, float],
     cache: Path,
+    searching: bool = False,
 ) -> Path:
-    """In the worker: one artifact for several shapes."""
+    """In the worker: one artifact for several shapes; `searching` lets MetaSchedule serve what has no template."""
     from rewriter.graph.onnx import load
     from rewriter.runtimes.tvm.compile import build
 
-    return build(load(model), shapes, folder, target, cache / "code", pad=pad)
+    polish = None
+    if searching:
+        from rewriter.runtimes.tvm.database import TuningDatabase
+        from rewriter.runtimes.tvm.metaschedule import MetaScheduler
+
+        polish = MetaScheduler(target, TuningDatabase(cache / "tuning.jsonl")).polish
+    return build(load(model), shapes, folder, target, cache / "code", pad=pad, polish=polish)
 
 
 def _carry_files(graph: OnnxGraph, place: Path) -> None:

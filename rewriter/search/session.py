@@ -27,11 +27,13 @@ from rewriter.search.selection import Selection
 from rewriter.search.workload import Workload
 
 TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
+TVM_METASCHEDULE = "rewriter.runtimes.tvm.runtime:TvmMetaScheduled"
 TVM_REMOTE = "rewriter.runtimes.tvm.remote:TvmRemote"
 ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
 ONNXRUNTIME_INT8 = "rewriter.runtimes.onnxruntime:OnnxRuntimeInt8"
 
 _BUILD_LIMIT_S = 300.0
+_SEARCH_LIMIT_S = 3600.0
 
 
 @dataclass
@@ -57,8 +59,10 @@ class Session:
 
     @property
     def engine(self) -> str:
-        """The TVM runtime of the target: in processes here, or on the device that a tracker lends."""
-        return TVM_REMOTE if self.target.remote else TVM
+        """The TVM runtime that was asked for: in processes here, or on the device that a tracker lends."""
+        if self.target.remote:
+            return TVM_REMOTE
+        return TVM_METASCHEDULE if self.options.tuner == "metaschedule" else TVM
 
     @property
     def lowerable(self) -> tuple[Any, ...]:
@@ -74,7 +78,8 @@ class Session:
         wanted = self.workload.shapes if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
         arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled")
-        built = self.builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=_BUILD_LIMIT_S)
+        limit_s = _SEARCH_LIMIT_S if runtime == TVM_METASCHEDULE else _BUILD_LIMIT_S
+        built = self.builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=limit_s)
         if isinstance(built, WorkerFailure):
             raise ModelError(f"building {name} with {runtime.rpartition(':')[2]} failed: {built}", "See optimize.log")
         return Path(built)

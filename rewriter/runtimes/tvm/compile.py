@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,19 @@ def build(
     cache: Path | None = None,
     tiles: Tiles | None = None,
     pad: Mapping[str, float] | None = None,
+    polish: Callable[[Any, Mapping[str, int]], Any] | None = None,
 ) -> Path:
     """Write an artifact for `graph` at each of `shapes` to `folder` and return it.
 
     `cache` keeps compiled code by structure: the same graph with other weights compiles nothing. `pad` gives for each
     input the value with which shorter axes may be filled up to a bucket; without it only exact shapes run. Whether
-    padding is sound is for the caller to verify. The folder appears whole or not at all. Raises `UnsupportedOperator`,
+    padding is sound is for the caller to verify. `polish` may schedule the kernels that are no templates, which it is
+    given beside the module. The folder appears whole or not at all. Raises `UnsupportedOperator`,
     `OptionError`, `OutputError`.
     """
     module = lower(graph, shapes, target, tiles)
+    if polish is not None:
+        module = replace(module, functions=polish(module.functions, module.work))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rewriter.core.refusal import Refusal
 from rewriter.core.target import Target
@@ -41,10 +42,30 @@ class TvmRuntime:
             return build(graph, [shapes], folder / "tvm", target)
         tuner = GemmTuner(target, TuningDatabase(self.cache / "tuning.jsonl"), self.tune)
         tiles = Tiles(target, tuner.tile)
-        return build(graph, [shapes], folder / "tvm", target, self.cache / "code", tiles)
+        return build(graph, [shapes], folder / "tvm", target, self.cache / "code", tiles, polish=self._polish(target))
+
+    def _polish(self, target: Target) -> Callable[[Any, Mapping[str, int]], Any] | None:
+        """What schedules kernels without a template; None for TVM's own schedules."""
+        return None
 
     def load(self, artifact: Path, threads: int) -> Executable:
         """Load a folder that `build` returned."""
         from rewriter.runtimes.tvm.load import load
 
         return load(artifact, threads)
+
+
+class TvmMetaScheduled(TvmRuntime):
+    """Everything tuned: templates by measuring, other kernels by MetaSchedule. Needs a `cache` to remember."""
+
+    name = "tvm-metaschedule"
+
+    def __init__(self, cache: Path | None = None, tune: bool = True) -> None:
+        super().__init__(cache, tune)
+
+    def _polish(self, target: Target) -> Callable[[Any, Mapping[str, int]], Any] | None:
+        from rewriter.runtimes.tvm.database import TuningDatabase
+        from rewriter.runtimes.tvm.metaschedule import MetaScheduler
+
+        assert self.cache is not None
+        return MetaScheduler(target, TuningDatabase(self.cache / "tuning.jsonl")).polish

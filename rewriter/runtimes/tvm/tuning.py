@@ -1,12 +1,14 @@
 """Which register tile a GEMM shape likes best, found by measuring a handful.
 
-Candidates come from the register file (sums for rows x vectors must fit) and are measured in turn, on normal values and
-rotating buffers: warm weights and uniform inputs mislead by up to two times. One shape takes about a second.
+Candidates come from the register file (sums for rows x vectors must fit), the best few by a roofline model are measured
+in turn, on normal values and rotating buffers: warm weights and uniform inputs mislead by up to two times. Those that
+have no chance after a few looks are dropped. One shape takes about a second.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,9 +25,11 @@ from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import unroll_for
 
 CANDIDATES = {32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1))}
+MOST = 5  # candidates measured per shape, the default among them
 MEASURE_S = 0.6  # for all candidates of one shape together
 ROTATED_BYTES = 48 << 20  # beyond any cache that one core has to itself
 TOLERANCE = 1e-3
+LOOKS, HOPELESS = 3, 1.25  # a candidate whose best of three is this much slower than the best is dropped
 DECIDES = 0.99  # a challenger must take less than this share of the default's time
 
 
@@ -62,15 +66,26 @@ class GemmTuner:
 
 
 def candidates(spec: Gemm, target: Target, default: Tile) -> list[Tile]:
-    """The default first, then other shapes of the register tile with rows balanced over M."""
-    found = [default]
+    """The default, then the shapes of the register tile that the model finds best, with rows balanced over M."""
+    found: list[Tile] = []
     for most, vectors in CANDIDATES[target.registers]:
         rows = -(-spec.M // -(-spec.M // most))
         waste = -(-spec.N // (vectors * spec.lanes)) * vectors * spec.lanes / spec.N
         tile = Tile(rows, vectors, unroll_for(spec, rows, vectors), default.block, default.ahead)
-        if tile not in found and waste < 1.34:
+        if tile not in (default, *found) and waste < 1.34:
             found.append(tile)
-    return found
+    return [default, *sorted(found, key=lambda tile: predicted(spec, tile))[: MOST - 1]]
+
+
+def predicted(spec: Gemm, tile: Tile) -> float:
+    """Cycles per step of k by a roofline of one core: two products and two loads of vectors per cycle at best."""
+    full, left = divmod(spec.M, tile.rows)
+    panels = -(-spec.N // (tile.vectors * spec.lanes))
+
+    def step(rows: int) -> float:
+        return max(rows * tile.vectors, tile.vectors + rows) / 2.0 if rows else 0.0
+
+    return panels * (full * step(tile.rows) + step(left))
 
 
 def measure_tiles(spec: Gemm, tiles: list[Tile], target: Target) -> list[Timing]:
@@ -88,7 +103,17 @@ def measure_tiles(spec: Gemm, tiles: list[Tile], target: Target) -> list[Timing]
         for runner in runners:
             samples[runner.tile].append(runner.seconds(turn % sets))
         turn += 1
+        runners = contenders(runners, samples)
     return [Timing(tile, float(np.median(values))) for tile, values in samples.items()]
+
+
+def contenders(runners: list[Runner], samples: Mapping[Tile, Sequence[float]]) -> list[Runner]:
+    """The candidates that may still win, and the first, which all are compared with: time goes to where it decides."""
+    least = {runner.tile: min(samples[runner.tile]) for runner in runners}
+    if len(samples[runners[0].tile]) < LOOKS:
+        return runners
+    best = min(least.values())
+    return [runner for runner in runners if runner is runners[0] or least[runner.tile] <= HOPELESS * best]
 
 
 def _other_inputs(spec: Gemm, rng: np.random.Generator) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:

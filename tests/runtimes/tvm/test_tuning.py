@@ -87,6 +87,29 @@ def test_a_tie_keeps_the_default(
     assert found == tiles[chosen]
 
 
+def test_the_model_prefers_tiles_that_waste_less() -> None:
+    spec = Gemm((24,), 96, 64)
+    assert (
+        tuning.predicted(spec, Tile(12, 2)) < tuning.predicted(spec, Tile(13, 2)) < tuning.predicted(spec, Tile(1, 4))
+    )
+    found = tuning.candidates(spec, target(), Tile(8, 3))
+    assert found[0] == Tile(8, 3) and len(found) <= tuning.MOST
+    costs = [tuning.predicted(spec, tile) for tile in found[1:]]
+    assert costs == sorted(costs)
+
+
+def test_hopeless_candidates_are_dropped_but_never_the_default() -> None:
+    class Fake:
+        def __init__(self, tile: Tile) -> None:
+            self.tile = tile
+
+    default, good, bad = (Fake(Tile(rows, 2)) for rows in (8, 12, 6))
+    samples = {default.tile: [2.0] * 3, good.tile: [1.0] * 3, bad.tile: [1.3, 1.4, 1.3]}
+    few = {tile: values[:2] for tile, values in samples.items()}
+    assert tuning.contenders([default, good, bad], few) == [default, good, bad]
+    assert tuning.contenders([default, good, bad], samples) == [default, good]
+
+
 def test_buckets_agree_on_the_panel_width() -> None:
     tiles = Tiles(target(), lambda spec, _: Tile(12, 2) if spec.M > 50 else Tile(6, 4))
     assert tiles.gemm(Gemm((64,), 96, 8)).vectors == tiles.gemm(Gemm((8,), 96, 8)).vectors == 2
