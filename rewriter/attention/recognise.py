@@ -19,6 +19,7 @@ import torch
 
 from rewriter.attention.control_flow import Inlined, inlined
 from rewriter.attention.dequantise import dequantised, is_quantised
+from rewriter.attention.failures import named
 from rewriter.attention.feed_forward import raise_feed_forward
 from rewriter.attention.feeds import usable_feeds
 from rewriter.attention.judge import Judge
@@ -28,14 +29,12 @@ from rewriter.attention.recipes import with_own_weights
 from rewriter.attention.shapes import remember
 from rewriter.attention.sites import raise_anchor
 from rewriter.attention.trace import Trace, drawn, label
-from rewriter.core.errors import UserError
+from rewriter.core.errors import UnsupportedOperator, UserError
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import AttentionSite, FeedForwardSite, RaisedSite, Recognition, State, Unrecognised
 from rewriter.graph.onnx import OnnxGraph
 
 SiteKind = TypeVar("SiteKind", AttentionSite, FeedForwardSite)
-# what odd graphs make numpy and torch raise; each becomes a refusal that names the node
-_FAILURES = (UserError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None = None, seed: int = 0) -> Recognition:
@@ -92,7 +91,10 @@ def _joined(found: Recognition, others: list[Recognition]) -> Recognition:
 
 def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: int) -> Recognition:
     paths = Paths(graph)
-    interpreter = drawn(graph, paths)
+    try:
+        interpreter = drawn(graph, paths)
+    except UnsupportedOperator as problem:
+        return _listed(graph, Refusal("unsupported-operator", problem.what))
     failures: list[str] = []
     runs = usable_feeds(interpreter, paths, feeds, seed, failures)
     if runs is None:
@@ -135,12 +137,8 @@ def raise_site(trace: Trace, node: ir.Node) -> RaisedSite | None:
 
     None for nodes that are none; raises `Refused` for what looks like attention but is not understood.
     """
-    try:
+    with named(label(node)):
         return raise_anchor(trace, node) or raise_feed_forward(trace, node)
-    except Refused:
-        raise
-    except _FAILURES as problem:
-        raise Refused("probe-failed", f"{type(problem).__name__}: {problem}", (label(node),)) from problem
 
 
 def _judged(trace: Trace, judge: Judge) -> tuple[list[RaisedSite], tuple[Unrecognised, ...]]:
@@ -174,5 +172,10 @@ def _named(sites: list[RaisedSite]) -> list[RaisedSite]:
 def _nothing(graph: OnnxGraph, failures: list[str]) -> Recognition:
     first = f" ({failures[0]})" if failures else ""
     refusal = Refusal("no-feeds", f"the graph took none of the inputs drawn for it{first}; give an example of them")
-    softmaxes = [node for node in graph.topological() if node.op_type in ("Softmax", "Attention")]
-    return Recognition((), (), tuple(Unrecognised(label(node), refusal) for node in softmaxes))
+    return _listed(graph, refusal)
+
+
+def _listed(graph: OnnxGraph, refusal: Refusal) -> Recognition:
+    """No site, but everything that is named attention, or is a softmax, with one reason."""
+    nodes = [node for node in graph.topological() if node.op_type == "Softmax" or node.op_type.endswith("Attention")]
+    return Recognition((), (), tuple(Unrecognised(label(node), refusal) for node in nodes))

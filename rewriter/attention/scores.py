@@ -30,8 +30,11 @@ class ScoreFunction:
     slopes: Array | None = None
 
 
-def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
-    """Scale, cap and additive part of one candidate product; raises `Refused` if scores are no such function of it."""
+def read_scores(trace: Trace, product: str, scores: str, partly: bool = False) -> ScoreFunction:
+    """Scale, cap and additive part of one candidate product; raises `Refused` if scores are no such function of it.
+
+    With `partly` only scores that move with the product count: others are hidden later.
+    """
     shape = trace.shape(scores)
     if int(np.prod(trace.shape(product))) != int(np.prod(shape)):
         raise Refused("not-the-content", "the product and the scores differ in size")
@@ -41,6 +44,7 @@ def read_scores(trace: Trace, product: str, scores: str) -> ScoreFunction:
         raise Refused("not-the-content", "the product does not reach the scores")
     zero, one, two, far, small = probes
     free = np.isfinite(zero) & (np.abs(zero) < MASKED) & np.isfinite(one)
+    free = free & (one != zero) if partly else free
     if not free.any():
         raise Refused("all-masked", "every score is masked in the probe")
     raw = random.reshape(shape)

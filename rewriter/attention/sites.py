@@ -121,7 +121,7 @@ def _content(trace: Trace, anchor: Anchor) -> tuple[Product, ScoreFunction]:
     found, why = [], Refused("no-content-term", "no product of queries and keys reaches the scores")
     for node in anchor.candidates:
         try:
-            found.append((node, read_scores(trace, outputs_of(node)[0], anchor.softmax.scores)))
+            found.append((node, read_scores(trace, outputs_of(node)[0], anchor.softmax.scores, anchor.softmax.hides)))
         except Refused as problem:
             why = problem
     if len(found) > 1:
@@ -178,6 +178,7 @@ def raise_fused(trace: Trace, node: ir.Node) -> AttentionSite:
         (form.dims[0], fused.keys),
         tuple(form.problems),
         fused.before,
+        sink_H=form.sink_H,
     )
     return replace(assemble(trace, core, raised), after=fused.after)
 
