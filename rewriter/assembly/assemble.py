@@ -146,7 +146,7 @@ class _Walk:
     def _fresh(self, index: int, rewritten: Rewritten, option: Option, passes: Passes) -> Rewritten:
         """With statistics of the site as rewritten so far, where those at hand are of other sizes."""
         wanted = required([option], passes)
-        if describes(rewritten.statistics, rewritten.site, wanted):
+        if not rewritten.stale and describes(rewritten.statistics, rewritten.site, wanted):
             return rewritten
         facts = self._measure(index, self.calibrate, wanted, rewritten.site)
         return Rewritten(rewritten.site, facts.at(1.0), measured=False)

@@ -113,7 +113,7 @@ class _Pricer:
     def _fresh(self, state: Rewritten, option: Option) -> Rewritten:
         """With statistics of the site as rewritten so far, where those at hand are of other sizes."""
         wanted = required([option], self.passes)
-        if describes(state.statistics, state.site, wanted):
+        if not state.stale and describes(state.statistics, state.site, wanted):
             return state
         batches = list(range(self.stepper.batches))
         targets = ((self.stepper.value(output_name(state.site), batch), None) for batch in batches)

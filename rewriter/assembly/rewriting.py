@@ -22,13 +22,15 @@ class Rewritten:
     """A site with what is known of it. `maps` lead from the original features to its own, in turn.
 
     `measured` is False once an option changed the features in no linear way: `statistics` then still describe the site
-    well enough to choose by, but its output projection must be fitted on features that were run anew.
+    well enough to choose by, but its output projection must be fitted on features that were run anew. Where even values
+    changed, statistics are `stale`: the next option needs new ones.
     """
 
     site: Site
     statistics: Statistics
     maps: tuple[NDArray[Any], ...] = ()
     measured: bool = True
+    stale: bool = False
 
     def then(self, option: Option, passes: Passes) -> Rewritten:
         """One option further. Raises `OptionError` if its pass is unknown or refuses."""
@@ -36,7 +38,8 @@ class Rewritten:
         after = rewrite.apply(self.site, option, self.statistics)
         mapping = rewrite.feature_map(self.site, option, self.statistics)
         if mapping is None:
-            return replace(self, site=after, measured=False)
+            moved = isinstance(self.site, AttentionSite) and getattr(after, "value", None) is not self.site.value
+            return replace(self, site=after, measured=False, stale=self.stale or moved)
         statistics = self.statistics.with_regression(self.statistics.regression.map(mapping))
         cut = isinstance(after, AttentionSite) and mapping.ndim == 1
         if cut and isinstance(self.site, AttentionSite) and isinstance(statistics, AttentionStatistics):

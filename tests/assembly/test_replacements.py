@@ -99,3 +99,20 @@ def test_a_window_is_the_mask_it_says(name: str) -> None:
     for key in before:
         np.testing.assert_allclose(after[key], before[key], atol=2e-5)
         assert not np.allclose(standard[key], before[key], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "groups"), [("bert", 2), ("llama", 1)])
+def test_merged_heads_and_what_follows_them(name: str, groups: int) -> None:
+    graph, found = model(name)
+    first = found.attention[0].id
+    merged = f"kv_merge{{groups={groups}}}@{first}"
+    errors = []
+    for plan in (merged, f"{merged}\nlow_rank_vo{{rank=4}}@{first}"):
+        built = assemble(graph, found.sites, Plan.parse(plan), PASSES, feeds(graph, 0, 8), resolve="changed")
+        site = built.sites[first]
+        assert isinstance(site, AttentionSite) and site.key.heads == site.value.heads == groups
+        errors.append(error(graph, list(built.sites.values()), feeds(graph, 99, 4)))
+    assert errors[0] <= errors[1] * 1.05 and errors[1] < 1.0
+    (options,) = [tuple(Plan.parse(plan).at(first))]
+    price = price_options(graph, found.sites, {first: [options[:1], options]}, PASSES, feeds(graph, 0, 6))[first]
+    assert price[options[:1]] <= price[options] * 1.05
