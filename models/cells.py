@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models.families import FAMILIES, Family, Form
 
-# Number formats and old opsets are shown on a spread of families: every position, mask, projection and cache form.
+# Fixed axes of the TorchScript exporter are shown on every position, mask, projection and cache form.
 SPREAD = (
     "albert",
     "bart",
@@ -33,11 +33,10 @@ SPREAD = (
     "vit",
     "wav2vec2",
 )
-# dynamo exports of half-precision modules take seconds each
-SLOW_SPREAD = ("bert", "conv1x1", "gpt2_past", "llama", "t5", "vit")
-_SLOW = ("d18h", "d18b", "d23h")
+# Number formats and old opsets are shown on these.
+FEW = ("bert", "conv1x1", "gpt2_past", "llama", "packed_qk_norm", "t5", "vit")
 PLAIN = ("l17", "t17", "d18", "d20", "d23", "d24", "s18")
-HALF = ("l17h", "l17b", "l17c", "l17k", "d18h", "d18b", "d18c", "d18k", "d23h")
+HALF = ("l17h", "l17b", "l17c", "l17k", "d18h", "d18b", "d18k", "d23h")
 OLD = ("l10", "l11", "l12", "l13", "l14", "l15", "l16")
 _COLOURS = re.compile(r"\x1b\[\d*m")
 
@@ -86,9 +85,9 @@ def cells(variants: Sequence[str], families: Sequence[str] = ()) -> Iterator[Cel
 
 def shown_on(variant: str) -> Sequence[str]:
     """The families a variant is exported of by default."""
-    if variant in PLAIN:
-        return tuple(FAMILIES)
-    return SLOW_SPREAD if variant in _SLOW else SPREAD
+    if variant == "t17":
+        return SPREAD
+    return tuple(FAMILIES) if variant in PLAIN else FEW
 
 
 def family_of(cell: Cell) -> Family:

@@ -132,9 +132,11 @@ def _version(node: onnx.NodeProto, opsets: Mapping[str, int]) -> str:
     """The opset in which the operator got its present meaning; for other domains all of them are one."""
     if node.domain:
         return ""
-    since = onnx.defs.get_schema(node.op_type, opsets[""]).since_version
-    settled = since > _MEANING_SETTLED and node.op_type not in _MEANING_CHANGED
-    return str(_MEANING_SETTLED if settled else since)
+    opset = opsets[""] if node.op_type in _MEANING_CHANGED else min(opsets[""], _MEANING_SETTLED)
+    try:
+        return str(onnx.defs.get_schema(node.op_type, opset).since_version)
+    except onnx.defs.SchemaError:  # an operator that came later
+        return "later"
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
