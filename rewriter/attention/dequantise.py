@@ -53,7 +53,8 @@ class Floats:
         first = node.inputs[0] if node.inputs else None
         form = FORMS.get((node.domain, node.op_type))
         if node.op_type in _ROUNDING and first is not None:
-            self.twins[node.outputs[0]] = first
+            saturates = node.op_type == "QuantizeLinear"
+            self.twins[node.outputs[0]] = self.clipped(first, node, 2) if saturates else first
         elif node.op_type == "DequantizeLinear" and first in self.twins:
             self.give(node.outputs[0], self.twins[first])
         elif node.op_type == "MatMulInteger":
@@ -74,6 +75,16 @@ class Floats:
         if levels is None:
             return self.make("DequantizeLinear", [value, self.input(node, scale), self.input(node, zero)])
         return self.constant(f"{value.name}/float", numbers_of(levels, factor, self.number(node, zero)))
+
+    def clipped(self, value: ir.Value, node: ir.Node, zero: int) -> ir.Value:
+        """A value as it is, or without what lies below zero where levels begin at zero: quantisers drop a Relu there."""
+        point, maker = self.number(node, zero), value.producer()
+        lowest = self.input(node, zero) is None or (
+            point is not None and point.dtype.kind in "iu" and bool((point == np.iinfo(point.dtype).min).all())
+        )
+        if not lowest or maker is None or maker.op_type not in ("Add", "Conv", "Gemm", "MatMul"):
+            return value
+        return self.make("Relu", [value])
 
     def input(self, node: ir.Node, position: int | None) -> ir.Value | None:
         """An input that is given."""
@@ -112,6 +123,8 @@ class Floats:
         if node is None or not new.name or not new.name.startswith(f"{name}/") or new.is_graph_output():
             new = self.make("Identity", [new])
         new.name = name
+        if old.is_graph_output():
+            new.type, new.shape = old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
 
     def _viewed(self, node: ir.Node) -> None:

@@ -34,23 +34,6 @@ _READERS: dict[tuple[str, str], Callable[[Trace, ir.Node], FusedForm]] = {
     (MICROSOFT, "MultiHeadAttention"): read_multi_head,
     (MICROSOFT, "GroupQueryAttention"): read_grouped,
 }
-# attention all the same, by operators of ONNX Runtime that only some of its providers have
-NAMED_ONLY = frozenset(
-    [
-        "DecoderMaskedMultiHeadAttention",
-        "DecoderMaskedSelfAttention",
-        "DecoderAttention",
-        "LongformerAttention",
-        "PackedAttention",
-        "PackedMultiHeadAttention",
-        "PagedAttention",
-        "QAttention",
-        "QOrderedAttention",
-        "QOrderedLongformerAttention",
-        "RelativePositionBias",
-        "SparseAttention",
-    ]
-)
 
 
 def is_fused(node: ir.Node) -> bool:
@@ -74,8 +57,6 @@ class Fused:
 
 def read_fused(trace: Trace, node: ir.Node) -> Fused:
     """What an attention operator does; raises `Refused` for forms that are not read at all."""
-    if node.op_type in NAMED_ONLY:
-        raise Refused("fused-operator", f"{node.op_type} is not taken apart", (label(node),))
     form = _READERS[node.domain, node.op_type](trace, node)
     if form.operands is None:
         raised = tuple(

@@ -43,6 +43,7 @@ class FusedForm:
     places: str = ""
     added: tuple[Array | None, ...] = ()
     turn: Turn | None = None
+    sink_H: Array | None = None
     empty_rows: Literal["nan", "zero"] = "nan"
     problems: Sequence[Refusal] = ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.asides import Aside
@@ -18,9 +19,9 @@ from rewriter.attention.fused_forms import (
 )
 from rewriter.attention.fused_masks import both, column, count, limited, reachable, within
 from rewriter.attention.operands import Operand
-from rewriter.attention.trace import Trace
-from rewriter.core.refusal import Refusal
-from rewriter.core.site import ScoreBias
+from rewriter.attention.trace import Trace, label
+from rewriter.core.refusal import Refusal, Refused
+from rewriter.core.site import Array, ScoreBias
 
 
 def read_grouped(trace: Trace, node: ir.Node) -> FusedForm:
@@ -39,6 +40,7 @@ def read_grouped(trace: Trace, node: ir.Node) -> FusedForm:
         (keys_at, values_at),
         places=places,
         turn=_turn(trace, aside, node, names, at),
+        sink_H=_sink(trace, node, names[11], heads),
         problems=_problems(node, names),
     )
 
@@ -49,10 +51,17 @@ def _cache(node: ir.Node, past: str, index: int) -> tuple[str, str]:
     return past, present or f"{node.outputs[0].name}/present_{index}"
 
 
+def _sink(trace: Trace, node: ir.Node, name: str, heads: int) -> Array | None:
+    """A logit per head beside the keys; zeros for a smooth softmax."""
+    if name and name not in trace.fixed:
+        raise Refused("sink-computed", "what the softmax holds beside its keys is computed", (label(node),))
+    if name:
+        return trace.value(name).reshape(heads)
+    return np.zeros(heads) if number(node, "smooth_softmax", 0) > 0 else None
+
+
 def _problems(node: ir.Node, names: list[str]) -> list[Refusal]:
     found = []
-    if names[11] or number(node, "smooth_softmax", 0) > 0:
-        found.append(problem("attention-sink", "the softmax has a term that belongs to no key", node))
     if any(names[12:]):
         found.append(problem("quantised-cache", "the cache holds integers", node))
     if output_of(node, 3):

@@ -51,7 +51,8 @@ def _between(kind: str, *keep: str) -> Callable[[Floats, ir.Node], None]:
     def form(floats: Floats, node: ir.Node) -> None:
         sides = [floats.of(node, 0, 1, 2), floats.of(node, 3, 4, 5)]
         if all(side is not None for side in sides):
-            floats.twins[node.outputs[0]] = floats.make(kind, sides, **_attributes(node, *keep))
+            result = floats.make(kind, sides, **_attributes(node, *keep))
+            floats.twins[node.outputs[0]] = floats.clipped(result, node, 7)
 
     return form
 
@@ -108,7 +109,7 @@ def _gemm(floats: Floats, node: ir.Node) -> None:
         inputs.append(bias)
     result = floats.make("Gemm", inputs, **_attributes(node, "transA", "transB", "alpha"))
     if floats.input(node, 7) is not None:
-        floats.twins[node.outputs[0]] = result
+        floats.twins[node.outputs[0]] = floats.clipped(result, node, 8)
     else:
         floats.give(node.outputs[0], result)
 
@@ -128,7 +129,8 @@ def _convolution(floats: Floats, node: ir.Node) -> None:
             return
         inputs.append(bias)
     keep = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
-    floats.twins[node.outputs[0]] = floats.make("Conv", inputs, **_attributes(node, *keep))
+    result = floats.make("Conv", inputs, **_attributes(node, *keep))
+    floats.twins[node.outputs[0]] = floats.clipped(result, node, 7)
 
 
 def _to_float(data: int, weight: tuple[int, int, int], bias: int) -> Callable[[Floats, ir.Node], None]:

@@ -94,7 +94,9 @@ def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: i
     try:
         interpreter = drawn(graph, paths)
     except UnsupportedOperator as problem:
-        return _listed(graph, Refusal("unsupported-operator", problem.what))
+        refusal = Refusal("unsupported-operator", problem.what, (problem.node,))
+        named = {entry.node: entry for entry in _listed(graph, refusal).unrecognised}
+        return Recognition((), (), tuple((named | {problem.node: Unrecognised(problem.node, refusal)}).values()))
     failures: list[str] = []
     runs = usable_feeds(interpreter, paths, feeds, seed, failures)
     if runs is None:

@@ -16,7 +16,7 @@ from rewriter.attention.loops import Loop, Part, loop_around, merged
 from rewriter.attention.operands import Product, matrix_product
 from rewriter.attention.projections import raise_operand, scaled_per_head
 from rewriter.attention.rough import rough_site
-from rewriter.attention.scores import ScoreFunction, read_bias, read_scores, read_shares, tidy
+from rewriter.attention.scores import ScoreFunction, bias_in_order, read_bias, read_scores, read_shares, tidy
 from rewriter.attention.softmaxes import mixing_weights
 from rewriter.attention.trace import Trace, close, label, outputs_of
 from rewriter.core.refusal import Refusal, Refused
@@ -69,7 +69,8 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
     node, softmax = anchor.node, anchor.softmax
     product, function = _content(trace, anchor)
     value, context = values_product(trace, anchor.reader)
-    query, key = (product.right, product.left) if softmax.turned else (product.left, product.right)
+    exchanged = softmax.turned != function.swapped
+    query, key = (product.right, product.left) if exchanged else (product.left, product.right)
     (query, key, value), context = in_item_order(trace, (query, key, value), context)
     raised = raise_operands(trace, query, key, value)
     heads = len(raised[0].projection.head_of)
@@ -79,6 +80,8 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
     bias = read_bias(trace, name, softmax.scores, heads, offset)
     if softmax.hides:
         bias, offset = read_shares(trace, name, mixing_weights(trace, anchor.reader), heads)
+    bias, steps = bias_in_order(trace, bias) if softmax.turned else (bias, ())
+    unclear = (softmax.turned and bias.kind == "path") or (function.swapped and bias.full_shape)
     why = Refusal("softmax-axis", "what is added to the scores has keys before queries", (label(node),))
     core = Core(
         query,
@@ -93,9 +96,10 @@ def _understood(trace: Trace, anchor: Anchor) -> Part:
         anchor.probabilities,
         (product.node, node, anchor.reader.node),
         (name, anchor.probabilities, context.name),
-        problems=(why,) if softmax.turned and bias.kind != "none" else (),
+        problems=(why,) if unclear else (),
+        before=steps,
         sink_H=None if softmax.sink is None else _sink(softmax.sink, raised[0].batch, heads),
-        content=("", "") if softmax.turned else (name, softmax.scores),
+        content=("", "") if softmax.turned or function.swapped else (name, softmax.scores),
     )
     return core, raised
 

@@ -161,7 +161,19 @@ def test_multi_head_attention_of_other_operands(form: str, tmp_path: Path) -> No
     assert site.key.mapped
 
 
-GROUPED = ["plain", "packed", "rotary", "interleaved", "window", "capped", "added", "positions", "partial rotary"]
+GROUPED = [
+    "plain",
+    "packed",
+    "rotary",
+    "interleaved",
+    "window",
+    "capped",
+    "added",
+    "positions",
+    "partial rotary",
+    "sink",
+    "smooth",
+]
 
 
 @pytest.mark.parametrize("past", [False, True])
@@ -197,6 +209,9 @@ def test_grouped_queries(form: str, past: bool, tmp_path: Path) -> None:
     if form == "added":
         extra[3] = made.input("added", FLOAT, "batch", HEADS, "seq", "total" if past else "seq")
         feeds["added"] = random(rows, HEADS, tokens, total)
+    if form == "sink":
+        extra.append(made.constant(random(HEADS)))
+    attributes |= {"smooth": {"smooth_softmax": 1}}.get(form, {})
     attributes |= {"window": {"local_window_size": 3}, "capped": {"softcap": 5.0}}.get(form, {})
     context = made.op(
         "GroupQueryAttention", *operands, *names, last, length, *extra, outputs=("c", *outputs), domain=MICROSOFT,
@@ -206,4 +221,5 @@ def test_grouped_queries(form: str, past: bool, tmp_path: Path) -> None:
     site = proved(made.finished(tmp_path), feeds, tmp_path)
     assert (site.kv_heads, site.key.head_of, site.cached) == (groups, (0, 0, 1, 1), True)
     assert (site.position == "rotary") == (head > 8)
+    assert (site.sink_H is not None) == (form in ("sink", "smooth"))
     assert site.causal or form in ("added", "window")

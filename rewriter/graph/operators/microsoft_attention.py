@@ -180,8 +180,8 @@ def group_query_attention(
     *rest: Tensor | None,
 ) -> Result:
     """Causal grouped attention with a cache; `last_index` (B,) is each row's number of valid keys less one."""
-    if sink is not None or call.get("smooth_softmax") or any(tensor is not None for tensor in rest):
-        raise call.unsupported("attention sinks or a quantised cache")
+    if any(tensor is not None for tensor in rest):
+        raise call.unsupported("a quantised cache")
     heads, groups = call.need("num_heads"), call.need("kv_num_heads")
     if key is None or value is None:
         dim = query.shape[-1] // (heads + 2 * groups)
@@ -202,7 +202,13 @@ def group_query_attention(
     keys, values = _written(past_key, k, at, total), _written(past_value, v, at, total)
     ends = last_index.long().reshape(-1, 1, 1) + 1
     scores = _group_scores(call, q, keys, at, ends, attention_bias)
-    result = torch.softmax(scores, -1) @ repeat_heads(values, heads)
+    if sink is not None or call.get("smooth_softmax", 0) > 0:
+        logits = torch.zeros(1, dtype=scores.dtype) if sink is None else sink.to(scores.dtype)
+        column = logits.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    result = weights @ repeat_heads(values, heads)
     return merge_heads(result), keys, values
 
 
