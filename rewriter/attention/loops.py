@@ -82,11 +82,13 @@ def merged(trace: Trace, loop: Loop, part_of: Callable[[ir.Node], Part]) -> Part
     heads = [len(operands[0].projection.head_of) for operands in raised]
     context = _context(trace, loop, cores, heads, batch)
     slots = [_slots(core.offset, batch, count) for core, count in zip(cores, heads, strict=True)]
+    bias, steps = merged_bias(trace, [core.bias for core in cores], heads)
     core = replace(
         first,
         context=context,
         scale=scales[0] / (query.factor * key.factor),
-        bias=merged_bias(trace, [core.bias for core in cores], heads),
+        bias=bias,
+        before=steps,
         offset=np.concatenate(slots, 1),
         nodes=tuple(node for core in cores for node in core.nodes),
         sink_H=_sinks(cores),

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from rewriter.attention.asides import Aside
 from rewriter.attention.projections import Raised, scaled_per_head
 from rewriter.attention.recipes import Joined, stored
 from rewriter.attention.trace import Trace, inputs_of, outputs_of
 from rewriter.core.refusal import Refused
-from rewriter.core.site import Array, HeadNorm, Projection, ScoreBias
+from rewriter.core.site import Array, HeadNorm, Projection, ScoreBias, Step
 
 
 def merged_operand(parts: Sequence[Raised], scales: Sequence[float] = ()) -> Raised:
@@ -113,12 +114,19 @@ def _joined_bias(parts: Sequence[Raised]) -> Array | None:
     return stored(np.concatenate([bias.astype(np.float64) for bias in filled]), dtype)
 
 
-def merged_bias(trace: Trace, parts: Sequence[ScoreBias], heads: Sequence[int]) -> ScoreBias:
-    """What is added to the scores of all heads; raises `Refused` if it is not the same for all of them."""
+def merged_bias(trace: Trace, parts: Sequence[ScoreBias], heads: Sequence[int]) -> tuple[ScoreBias, tuple[Step, ...]]:
+    """What is added to the scores of all heads, and the steps that make it; raises `Refused` if it cannot be joined."""
     first = parts[0]
     if max(heads) == 1 and all(_signature(trace, part) == _signature(trace, first) for part in parts):
-        return first
-    raise Refused("loop-of-heads", "what is added to the scores differs from head to head")
+        return first, ()
+    shapes = [trace.shape(part.value) for part in parts if part.kind == "value"]
+    rank = len(shapes[0]) if shapes else 0
+    alike = len(shapes) == len(parts) and len(set(shapes)) == 1 and rank in (3, 4)
+    if max(heads) > 1 or not alike or (rank == 4 and shapes[0][1] != 1):
+        raise Refused("loop-of-heads", "what is added to the scores differs from head to head")
+    aside = Aside(trace)
+    rows = [aside.unsqueeze(part.value, 1) if rank == 3 else part.value for part in parts]
+    return ScoreBias("value", aside.op("Concat", *rows, axis=1), heads_axis=len(parts)), tuple(aside.steps)
 
 
 def _signature(trace: Trace, bias: ScoreBias) -> object:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rewriter.attention.asides import Aside
 from rewriter.attention.operands import Operand
 from rewriter.attention.trace import SHAPES, Trace, close, inputs_of, outputs_of
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import Array, ScoreBias
+from rewriter.core.site import Array, ScoreBias, Step
 
 MASKED = 1e3  # an additive term beyond this hides the content in the probe
 FAR = 1e6
@@ -21,13 +22,15 @@ OVERFLOW = 1e4  # scores cut off beyond this are kept from overflowing; no logit
 class ScoreFunction:
     """``scores = cap(slope * product) + offset``; `offset` has the shape of the scores (slots..., S, T).
 
-    Where slopes differ between slots, `slopes` has one for each of them (slots...) and `slope` is 1.
+    Where slopes differ between slots, `slopes` has one for each of them (slots...) and `slope` is 1. With `swapped` the
+    last two axes of the product come the other way round in the scores.
     """
 
     slope: float
     softcap: float
     offset: Array
     slopes: Array | None = None
+    swapped: bool = False
 
 
 def read_scores(trace: Trace, product: str, scores: str, partly: bool = False) -> ScoreFunction:
@@ -35,9 +38,19 @@ def read_scores(trace: Trace, product: str, scores: str, partly: bool = False) -
 
     With `partly` only scores that move with the product count: others are hidden later.
     """
-    shape = trace.shape(scores)
-    if int(np.prod(trace.shape(product))) != int(np.prod(shape)):
+    before, after = trace.shape(product), trace.shape(scores)
+    if int(np.prod(before)) != int(np.prod(after)):
         raise Refused("not-the-content", "the product and the scores differ in size")
+    try:
+        return _read(trace, (product, scores), partly, False)
+    except Refused:
+        if len(before) < 2 or before[-2:] != after[:-3:-1]:
+            raise
+        return _read(trace, (product, scores), partly, True)
+
+
+def _read(trace: Trace, ends: tuple[str, str], partly: bool, swapped: bool) -> ScoreFunction:
+    (product, scores), shape = ends, trace.shape(ends[1])
     random = np.random.default_rng(0).standard_normal(trace.shape(product))
     probes = trace.probe(product, scores, [0 * random, random, 2 * random, FAR * np.sign(random), 1e-3 * random])
     if probes is None:
@@ -47,26 +60,26 @@ def read_scores(trace: Trace, product: str, scores: str, partly: bool = False) -
     free = free & (one != zero) if partly else free
     if not free.any():
         raise Refused("all-masked", "every score is masked in the probe")
-    raw = random.reshape(shape)
+    raw = (random.swapaxes(-1, -2) if swapped else random).reshape(shape)
     slope = _slope(small[free] - zero[free], 1e-3 * raw[free])
     bound = float(np.abs(far[free] - zero[free]).max())
     softcap = bound if bound < 0.5 * FAR * abs(slope) else 0.0
     if not softcap:
         slope = _slope(far[free] - zero[free], FAR * np.sign(raw[free]))
-    elif softcap >= OVERFLOW and _straight(trace, (product, scores), 0.5 * softcap / slope * np.sign(random), free):
+    elif softcap >= OVERFLOW and _straight(trace, ends, 0.5 * softcap / slope * np.sign(random), free):
         softcap = 0.0
     else:
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
     if not softcap and not close(one[free] - zero[free], slope * raw[free], 1e-8):
         slopes = _slopes(two - zero, 2 * raw, free)
         if close((one - zero)[free], np.broadcast_to(slopes, raw.shape)[free] * raw[free], 1e-8):
-            return ScoreFunction(1.0, 0.0, zero, slopes[..., 0, 0])
+            return ScoreFunction(1.0, 0.0, zero, slopes[..., 0, 0], swapped)
     for factor, got in ((1.0, one), (2.0, two)):
         content = factor * slope * raw
         expected = softcap * np.tanh(content / softcap) if softcap else content
         if slope == 0.0 or not close(got[free] - zero[free], expected[free], 1e-8):
             raise Refused("unknown-score-function", "scores are no affine or capped function of the content product")
-    return ScoreFunction(tidy(slope), tidy(softcap), zero)
+    return ScoreFunction(tidy(slope), tidy(softcap), zero, swapped=swapped)
 
 
 def _straight(trace: Trace, ends: tuple[str, str], content: Array, free: Array) -> bool:
@@ -165,6 +178,17 @@ def read_shares(trace: Trace, product: str, weights: Operand, heads: int) -> tup
         logarithm=True,
     )
     return bias, offset
+
+
+def bias_in_order(trace: Trace, bias: ScoreBias) -> tuple[ScoreBias, tuple[Step, ...]]:
+    """A bias whose keys come before its queries with queries first, and the steps that turn it; paths stay."""
+    if bias.kind not in ("value", "fill"):
+        return bias, ()
+    rank, aside = len(trace.shape(bias.value)), Aside(trace)
+    value = bias.value if rank > 1 else aside.unsqueeze(bias.value, 1)
+    if rank > 1:
+        value = aside.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
+    return replace(bias, value=value), tuple(aside.steps)
 
 
 def _filled(trace: Trace, product: str, scores: str) -> ScoreBias | None:
