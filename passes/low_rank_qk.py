@@ -44,7 +44,7 @@ class LowRankQK(Pass):
         are least missed, one after the other, and its tables keep the columns of the rest. Dims that are not rotated
         are cut by the first method; what both cost decides how many of each stay.
     When it applies
-        No norm per head, no cache, no soft-cap, and queries and keys rotated alike or not at all.
+        No norm per head, no cache, no soft-cap, no sink, and queries and keys rotated alike or not at all.
     Exact or calibrated
         Calibrated; exact at full rank, or at the true rank of the scores.
     What it costs
@@ -76,6 +76,8 @@ class LowRankQK(Pass):
             return Refusal("rotated-apart", "queries and keys are rotated in different ways, so pairs do not match")
         if site.softcap:
             return Refusal("soft-cap", "a soft-cap on the scores sees what softmax ignores, such as the mean key")
+        if site.sink_H is not None or site.bias.kept[1]:
+            return Refusal("sink", "scores that do not move with the keys see what softmax ignores elsewhere")
         if site.query.heads != site.heads or sorted(site.query.head_of) != list(range(site.heads)):
             return Refusal("shared-query-heads", "query heads are shared between key groups")
         return None

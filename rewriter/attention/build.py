@@ -74,6 +74,21 @@ class Builder:
         )
         return self._add(made)
 
+    def split(self, name: str, sizes: Sequence[int], outputs: Sequence[str]) -> None:
+        """Parts of the last axis under the given names; before opset 13 the sizes are an attribute."""
+        inputs, attributes = [self.value(name)], {"axis": -1}
+        if self.opset >= 13:
+            inputs.append(self.value(self.ints(*sizes)))
+        made = ir.Node(
+            "",
+            "Split",
+            inputs,
+            ir.convenience.convert_attributes(attributes if self.opset >= 13 else attributes | {"split": list(sizes)}),
+            outputs=[ir.Value(name=output) for output in outputs],
+            name=outputs[0],
+        )
+        self._add(made)
+
     def composite(self, operator: str, /, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A composite operator; returns the name of its output."""
         output = output or self.name(operator.lower())

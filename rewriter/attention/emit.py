@@ -10,6 +10,8 @@ import numpy as np
 from rewriter.attention.asides import write
 from rewriter.attention.build import Builder
 from rewriter.attention.emit_linear import emit_linear_site, linear, read_source, write_output
+from rewriter.attention.emit_packed import has_steps, packed_operands
+from rewriter.attention.emit_window import near
 from rewriter.attention.paths import Paths
 from rewriter.core.errors import ModelError
 from rewriter.core.refusal import Refused
@@ -24,7 +26,6 @@ from rewriter.core.site import (
     ScoreBias,
     Site,
 )
-
 
 PROBE = 1024.0  # moves scores that a mask of -1e9 was added to in single, and one of -1e4 in half precision
 
@@ -49,8 +50,9 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
     if site.output is None:
         raise Refused("no-output", "the output projection is not known", site.nodes)
     write(b, site.before)
+    packed = packed_operands(b, site)
     query, key, value = (
-        _operand(b, projection, role, site.precision)
+        _operand(b, projection, role, site.precision, packed.get(role, ""))
         for projection, role in ((site.query, "query"), (site.key, "key"), (site.value, "value"))
     )
     bias = _bias(b, paths, site, query, key)
@@ -88,7 +90,8 @@ def _bias_kind(bias: ScoreBias) -> str:
     return "bool" if alone and bias.kind in ("bool", "causal") else "add"
 
 
-def _operand(b: Builder, projection: Projection, role: str, precision: Precision) -> str:
+def _operand(b: Builder, projection: Projection, role: str, precision: Precision, packed: str = "") -> str:
+    """One operand as attention reads it; `packed` is its projection where one product made several."""
     if projection.opaque:
         kind, order = ("Transpose", {"perm": [0, 1, 3, 2]}) if projection.opaque_transposed else ("Identity", {})
         name = b.op(kind, projection.opaque, output=f"{b.prefix}/{role}", **order)
@@ -96,12 +99,16 @@ def _operand(b: Builder, projection: Projection, role: str, precision: Precision
     weight = projection.weight_CGD
     assert weight is not None
     width, heads, dim = weight.shape
+    if packed:
+        b.declare(packed, None, None, heads * dim)
+        if not has_steps(projection):
+            return packed
+        return b.declare(_beyond_linear(b, projection, packed, heads, role), None, heads, None, dim)
     source = read_source(b, projection, width)
     inputs = [source, b.constant(weight.reshape(width, heads * dim), f"{role}.weight")]
     if projection.bias_GD is not None:
         inputs.append(b.constant(projection.bias_GD.reshape(-1), f"{role}.bias"))
-    steps = [step for step in ("norm", "rotary", "past", "present") if getattr(projection, step)]
-    if not steps:
+    if not has_steps(projection):
         return b.declare(linear(b, inputs, precision, f"{b.prefix}/{role}"), None, None, heads * dim)
     flat = b.declare(linear(b, inputs, precision), None, None, heads * dim)
     return b.declare(_beyond_linear(b, projection, flat, heads, role), None, heads, None, dim)
@@ -213,22 +220,10 @@ def _windowed(b: Builder, paths: Callable[[], Paths], site: AttentionSite, query
     added = _bias(b, paths, bare, query, key, inner=True)
     if _bias_kind(bare.bias) == "bool":
         added = _hidden(b, added, -np.inf)
-    far = _hidden(b, _near(b, site, query, key), max(-1e9, b.lowest / 2))
+    sizes = [b.op("Squeeze", b.size_of(n, _token_axis(p))) for n, p in ((query, site.query), (key, site.key))]
+    far = _hidden(b, near(b, site.bias, *sizes), max(-1e9, b.lowest / 2))
     output = f"{site.id}/bias"
     return b.op("Add", added, far, output=output) if added else b.op("Identity", far, output=output)
-
-
-def _near(b: Builder, site: AttentionSite, query: str, key: str) -> str:
-    """(1, 1, S, T), True where a key is less than the window away from the query, or a sink."""
-    zero, one = b.constant(np.array(0, np.int64)), b.constant(np.array(1, np.int64))
-    window, sinks = b.constant(np.array(site.bias.window, np.int64)), b.constant(np.array(site.bias.sinks, np.int64))
-    sizes = [b.op("Squeeze", b.size_of(n, _token_axis(p))) for n, p in ((query, site.query), (key, site.key))]
-    rows, columns = (
-        b.unsqueeze(b.op("Range", zero, size, one), axis) for size, axis in zip(sizes, (1, 0), strict=True)
-    )
-    before, after = b.op("Add", columns, window), b.op("Add", rows, window)
-    near = b.op("And", b.op("Less", rows, before), b.op("Less", columns, after))
-    return b.unsqueeze(b.op("Or", near, b.op("Less", columns, sinks)), 0, 1)
 
 
 def _hidden(b: Builder, allowed: str, fill: float) -> str:
@@ -310,7 +305,7 @@ def _zeros(b: Builder, site: AttentionSite, query: str, key: str) -> str:
 def _token_axis(projection: Projection) -> int:
     if projection.opaque:
         return 2
-    return 2 if projection.norm or projection.rotary or projection.past or projection.present else 1
+    return 2 if has_steps(projection) else 1
 
 
 def _emit_feed_forward(b: Builder, paths: Callable[[], Paths], site: FeedForwardSite) -> None:

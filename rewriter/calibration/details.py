@@ -113,4 +113,7 @@ def probabilities(site: AttentionSite, inner: Inner, sequence: int) -> Tensor:
         wide = inner.bias.reshape((1,) * (4 - inner.bias.ndim) + tuple(inner.bias.shape))
         own = wide[sequence if wide.shape[0] > 1 else 0]
         logits = logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.to(logits.dtype)
-    return torch.nan_to_num(torch.softmax(logits, dim=-1))
+    if site.sink_H is None:
+        return torch.nan_to_num(torch.softmax(logits, dim=-1))
+    sink_HS1 = torch.from_numpy(site.sink_H).to(logits.dtype)[:, None, None].expand(*logits.shape[:2], 1)
+    return torch.softmax(torch.cat([logits, sink_HS1], dim=-1), dim=-1)[..., :-1]

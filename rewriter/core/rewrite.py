@@ -30,7 +30,8 @@ class Pass(ABC):
     `kind` is ``exact`` (same function in exact arithmetic, needs no data) or ``calibrated`` (needs statistics, its
     output projection is solved anew by `rewriter.assembly`). `order` sorts passes that meet at one site: exact
     ones below 10, cuts of whole heads before ranks. `requires` names the statistics that `apply` reads besides the
-    regression of the output projection. A pass that does not combine is tried at a site without other cuts.
+    regression of the output projection. A pass that does not combine is tried at a site without other cuts. An exact
+    pass is applied wherever it can be, unless it is `timed`: then its options compete by time.
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class Pass(ABC):
     order: ClassVar[int] = 50
     requires: ClassVar[frozenset[Detail]] = frozenset()
     combines: ClassVar[bool] = True
+    timed: ClassVar[bool] = False
 
     @classmethod
     def option(cls, site: str = "", **parameters: Value) -> Option:

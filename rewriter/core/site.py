@@ -73,6 +73,7 @@ class AttentionSite:
     `example_shape` has the sizes (B, S, T) met while raising, `order` the position of the site in the data flow.
     `precision` rounds the operands of every projection; below fp32 those of scores and mixing are in bf16.
     `sink_H` is a logit that every row of the softmax holds beside its keys, with no value; None if there is none.
+    `packing` says which projections are one product that is split: ``kv``, ``qkv`` or none.
     `before` makes values that the description refers to and the graph does not hold, `after` further results of it.
     """
 
@@ -99,6 +100,7 @@ class AttentionSite:
     precision: Precision = "fp32"
     names: Mapping[str, str] = field(default_factory=dict)
     sink_H: Array | None = None
+    packing: Literal["", "kv", "qkv"] = ""
     before: tuple[Step, ...] = ()
     after: tuple[Step, ...] = ()
 

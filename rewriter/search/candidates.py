@@ -26,7 +26,7 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
 
     Number formats multiply whatever the cuts give.
     """
-    calibrated = [one for one in selection.passes.values() if one.kind == "calibrated"]
+    calibrated = [one for one in selection.passes.values() if one.kind == "calibrated" or one.timed]
     offered = {one.name: levels for one in calibrated if (levels := selection.options(one, site, target))}
     alone = [levels for name, levels in offered.items() if not selection.passes[name].combines]
     cuts = [levels for name, levels in offered.items() if name != PRECISION and selection.passes[name].combines]
@@ -73,7 +73,7 @@ def exact_options(recognition: Recognition, selection: Selection, target: Target
     for site in recognition.sites:
         if site.state is not State.LOWERABLE:
             continue
-        exact = [one for one in selection.passes.values() if one.kind == "exact"]
+        exact = [one for one in selection.passes.values() if one.kind == "exact" and not one.timed]
         options = tuple(option for one in exact for option in selection.options(one, site, target))
         if options:
             found[site.id] = options

@@ -51,6 +51,7 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
             "output": [] if site.output is None else [*site.output.weight_HDC.shape, site.output.bias_C is not None],
             "bias": [site.bias.kind, site.bias.heads_axis, *([site.bias.window] if site.bias.window else [])],
             "softcap": bool(site.softcap),
+            **({"packing": site.packing} if site.packing else {}),
             "empty_rows": site.empty_rows,
             "extras": [bool(site.bias.kept[1]), site.sink_H is not None],
         }

@@ -170,8 +170,8 @@ class TestErrors:
 
     def test_refused_option(self) -> None:
         graph, found = model("llama")
-        plan = Plan.of([Option.of("low_rank_qk", found.attention[0].id, rank=4)])
-        with pytest.raises(OptionError, match="rotated"):
+        plan = Plan.of([Option.of("local_window", found.attention[0].id, size=32, sinks=4)])
+        with pytest.raises(OptionError, match="too few"):
             assemble(graph, found.sites, plan, PASSES, feeds(graph, 0, 2))
 
     def test_sites_that_are_not_lowerable_take_no_part(self) -> None:

@@ -53,6 +53,7 @@ class TestLowRankQK(CalibratedContract):
         return {
             "rotated-apart": replace(site, query=attention(attention_case(0, rotary=True)).query),
             "head-norm": attention_case(0, norm=True).site,
+            "sink": replace(site, sink_H=np.zeros(4)),
             "soft-cap": attention_case(0, softcap=2.0).site,
             "cache-in-signature": replace(site, key=replace(site.key, present="present.0.key")),
             "shared-query-heads": replace(site, query=replace(site.query, head_of=(0, 0, 1, 1))),
