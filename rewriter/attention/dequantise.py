@@ -77,7 +77,7 @@ class Floats:
         return self.constant(f"{value.name}/float", numbers_of(levels, factor, self.number(node, zero)))
 
     def clipped(self, value: ir.Value, node: ir.Node, zero: int) -> ir.Value:
-        """A value as it is, or without what lies below zero where levels begin at zero: quantisers drop a Relu there."""
+        """A value, without what lies below zero where its levels begin at zero: quantisers drop a Relu there."""
         point, maker = self.number(node, zero), value.producer()
         lowest = self.input(node, zero) is None or (
             point is not None and point.dtype.kind in "iu" and bool((point == np.iinfo(point.dtype).min).all())

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes import common
 
 from rewriter.core.errors import ModelError
+from rewriter.graph.function_opsets import align
 from rewriter.graph.proto_checks import check_proto
 from rewriter.graph.proto_tensors import external_file
 from rewriter.graph.quiet import quiet_onnx_ir
@@ -80,6 +81,7 @@ def _convert(proto: onnx.ModelProto, file: Path) -> ir.Model:
     if "ai.onnx" in model.opset_imports:  # the long name of the standard domain
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     if model.functions:
+        align(model)
         common.InlinePass()(model)
         common.RemoveUnusedFunctionsPass()(model)
     weights = _Weights(file)
