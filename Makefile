@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 BUILD := build/minilm
 
-.PHONY: demo test check bench matrix clean
+.PHONY: demo test check bench bench-inspect matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models minilm -o $(BUILD)
@@ -26,6 +26,10 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.demo $(BUILD)/minilm.onnx
 	$(BIN)/python -m rewriter.benchmark $(BUILD)
+
+# Time and memory of `optimize inspect` against the number of layers; 48 layers need 6 GB of disk for a while.
+bench-inspect: $(VENV)/.demo
+	$(BIN)/python -m rewriter.benchmark.inspect_scale --layers 3,6,12,24,48
 
 # Every family by every exporter: what is recognised, here and by others. Exports are kept in build/matrix.
 matrix: $(VENV)/.test

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from rewriter.core.site import AttentionSite, FeedForwardSite, RaisedSite, ScoreBias
+from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, RaisedSite, ScoreBias
 
 
 def without_a_part(site: RaisedSite) -> RaisedSite:
-    """The site without its first head, or without a quarter of its hidden units."""
+    """The site without some head, or without a quarter of its hidden units: by views of its weights where possible."""
     if isinstance(site, AttentionSite):
         assert site.output is not None
+        if _in_order(site):
+            return _without_last_group(site)
         weight_HDC = site.output.weight_HDC.copy()
         weight_HDC[0] = 0
         return replace(site, output=replace(site.output, weight_HDC=weight_HDC))
@@ -30,6 +32,37 @@ def without_a_part(site: RaisedSite) -> RaisedSite:
         down_FC[: max(1, site.width // 4)] = 0
         cut = {"down_FC": down_FC}
     return replace(site, **cut)
+
+
+def _in_order(site: AttentionSite) -> bool:
+    """Whether the last group of heads can be cut off all weights by a slice."""
+    operands, groups = (site.query, site.key, site.value), site.value.heads
+    if site.output is None or site.output.apart or site.output.bare or site.before or site.after:
+        return False
+    if groups < 2 or site.heads % groups or any(not p.mapped or p.past or p.present or p.norm for p in operands):
+        return False
+    order = tuple(head * groups // site.heads for head in range(site.heads))
+    return site.key.head_of == site.value.head_of == order and site.query.head_of == tuple(range(site.heads))
+
+
+def _without_last_group(site: AttentionSite) -> AttentionSite:
+    left = site.heads - site.heads // site.value.heads
+    assert site.output is not None
+
+    def cut(p: Projection, heads: int) -> Projection:
+        assert p.weight_CGD is not None
+        bias_GD = None if p.bias_GD is None else p.bias_GD[:heads]
+        return replace(p, weight_CGD=p.weight_CGD[:, :heads], bias_GD=bias_GD, head_of=p.head_of[:left])
+
+    return replace(
+        site,
+        heads=left,
+        query=cut(site.query, left),
+        key=cut(site.key, site.value.heads - 1),
+        value=cut(site.value, site.value.heads - 1),
+        bias=site.bias.keep_heads(tuple(range(left))),
+        output=replace(site.output, weight_HDC=site.output.weight_HDC[:left]),
+    )
 
 
 def wrong_variants(site: RaisedSite) -> Iterator[tuple[str, RaisedSite]]:

@@ -1,9 +1,9 @@
 """The numbers a graph is looked at with: its own where they are few, drawn ones in place of large matrices.
 
 What recognition claims about a region holds for any weights, so a model of billions of parameters is probed with
-matrices that cost a vector of memory each: ``w[i, j] = line[i + 2 j]``, which every transpose, slice and split of a weight
-leaves a view and which multiply in N log N (`rewriter.graph.operators.linear`). A step of two keeps square ones from
-being their own transpose, which would hide that mistake. Lookup tables stay as they are stored.
+matrices that cost a vector of memory each: ``w[i, j] = line[i + 2 j]`` or ``line[2 i + j]``, which every transpose,
+slice and split of a weight leaves a view and which multiply in N log N (`rewriter.graph.operators.linear`). A step of
+two keeps square ones from being their own transpose, which would hide that mistake. Lookup tables stay as stored.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class Weights(Mapping[str, Tensor]):
         assert value.const_value is not None
         rows, columns = (int(size) for size in value.const_value.shape.numpy())
         random = np.random.default_rng((zlib.crc32(name.encode()), self.noise or 0))
-        line = torch.from_numpy(random.standard_normal(rows + 2 * columns - 2) / np.sqrt(rows))
-        return line.as_strided((rows, columns), (1, 2))
+        down, across = (1, 2) if columns <= rows else (2, 1)  # the shorter vector
+        line = torch.from_numpy(random.standard_normal(down * (rows - 1) + across * (columns - 1) + 1) / np.sqrt(rows))
+        return line.as_strided((rows, columns), (down, across))
 
     def _load(self, name: str, value: ir.Value) -> Tensor:
         assert value.const_value is not None

@@ -141,7 +141,7 @@ class Judged:
 
     def problem(self, site: RaisedSite, node: ir.Node, mutate: Mutation, derived: bool) -> Refusal | None:
         if derived:
-            return self.judge._like_a_proved_one(site, node)
+            return self.judge._like_a_proved_one(site, node, lambda same: same)
         noisy = self.judge._noisy_sites[result_of(site)]
         wrong = mutate(noisy)
         self.judge.raise_site = lambda trace, anchor: wrong
