@@ -37,6 +37,7 @@ class Bridge:
 
     host: fx.GraphModule
     graph: OnnxGraph
+    program: torch.export.ExportedProgram
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     fed: tuple[int, ...]
@@ -100,9 +101,15 @@ def bridge(
         raise UserError("this exported program has no example of its inputs", "Export it anew from its module")
     leaves, spec = pytree.tree_flatten((tuple(example[0]), dict(example[1])))
     fed = _fed(exported, leaves)
-    host = model if isinstance(model, fx.GraphModule) else exported.program.module(check_guards=False)
+    host = model if isinstance(model, fx.GraphModule) else unlifted(exported.program)
+    return Bridge(host, exported.graph, exported.program, tuple(leaves), spec, fed, dict(_fx_names(exported)))
+
+
+def unlifted(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The graph of an exported program as a module that holds its parameters, without checks of its inputs."""
+    host = program.module(check_guards=False)
     assert isinstance(host, fx.GraphModule)
-    return Bridge(host, exported.graph, tuple(leaves), spec, fed, dict(_fx_names(exported)))
+    return host
 
 
 def is_flat(host: fx.GraphModule) -> bool:

@@ -96,6 +96,16 @@ class Parameters:
         self._made.append(_New(node, self.known[name], name, Origin((name,), True), True))
         return node
 
+    def merge(self, node: fx.Node, array: np.ndarray, name: str) -> bool:
+        """Add a vector to a new parameter, which takes its name; False if the node is no new parameter."""
+        new = next((one for one in self._made if one.node is node and not one.kept), None)
+        if new is None or tuple(new.tensor.shape) != array.shape or name not in self.known:
+            return False
+        with torch.no_grad():
+            new.tensor += to_torch(np.array(array)).to(new.tensor.dtype)
+        new.name, new.origin = name, Origin((name, *(n for n in new.origin.names if n != name)), True)
+        return True
+
     def buffer(self, graph: fx.Graph, array: np.ndarray, name: str) -> fx.Node:
         """The node of numbers that are no parameter."""
         node = graph.create_node("get_attr", f"_new_{len(self._made)}")

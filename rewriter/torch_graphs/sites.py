@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rewriter.attention.inspect import Refusals, describe
-from rewriter.attention.lower import fragment
+from rewriter.attention.lower import fragment, result_of
 from rewriter.attention.recognise import recognise
 from rewriter.core.errors import OptionError, UserError
 from rewriter.core.refusal import Refused
-from rewriter.core.site import AttentionSite, Recognition, Site
+from rewriter.core.site import AttentionSite, Recognition, Site, State
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.torch_graphs.bridge import Bridge, bridge, parameter_names
+from rewriter.torch_graphs.bridge import Bridge, bridge, parameter_names, unlifted
 from rewriter.torch_graphs.matching import Matches, match
 from rewriter.torch_graphs.parameters import Parameters
-from rewriter.torch_graphs.splice import regions
+from rewriter.torch_graphs.splice import landings, regions
 
 
 class TorchSites:
@@ -41,6 +42,17 @@ class TorchSites:
     def matches(self) -> Matches:
         """Which ONNX value is which fx node. Raises `ModelError` if the fx graph cannot be run."""
         return match(self.bridge)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the results of all sites that can be rewritten are computed by nodes of the fx graph."""
+        try:
+            for site in self:
+                if site.state is State.LOWERABLE:
+                    landings(self.matches, result_of(site))
+        except (Refused, UserError):
+            return False
+        return True
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.recognition.sites)
@@ -114,9 +126,14 @@ def read(
 ) -> TorchSites:
     """Recognise a torch model: an `ExportedProgram`, an `fx.GraphModule`, or any module with an example of its inputs.
 
-    The example may be nested, positional (`inputs`) and by keyword (`kwargs`); `dynamic_shapes` are as
-    `torch.export.export` takes them. Raises `UserError` without an example, `ModelError` if torch cannot export it.
+    A graph module is rewritten in its own graph if all its sites are seen there; `symbolic_trace` does not look into
+    torch's own layers, and then it is the graph torch.export makes. The example may be nested, positional (`inputs`)
+    and by keyword (`kwargs`); `dynamic_shapes` are as `torch.export.export` takes them. Raises `UserError` without an
+    example, `ModelError` if torch cannot export the model.
     """
     made = bridge(model, inputs, kwargs, dynamic_shapes)
     args, named = made.example
-    return TorchSites(made, recognise(made.graph, made.feeds_of(*args, **named)))
+    found = TorchSites(made, recognise(made.graph, made.feeds_of(*args, **named)))
+    if not isinstance(model, fx.GraphModule) or found.complete:
+        return found
+    return TorchSites(replace(made, host=unlifted(made.program)), found.recognition)

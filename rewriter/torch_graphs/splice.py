@@ -125,7 +125,7 @@ class _Splice:
                 matches.order[last],
                 _values(matches, part),
                 origins,
-                _causal(after),
+                _causal(matches, before, after),
             )
             try:
                 translator.fragment(tuple(part.nodes), part.constants)
@@ -192,14 +192,11 @@ def _absorbed(translator: Translator, node: ir.Node) -> bool:
     """Give a vector that is added to a linear layer's result to the layer itself."""
     if node.op_type != "Add":
         return False
-    names = [str(value.name) for value in node.inputs if value is not None]
-    terms = [translator.resolve(name) for name in names]
-    for (name, one), (_, other) in zip(
-        zip(names, terms, strict=True), list(zip(names, terms, strict=True))[::-1], strict=True
-    ):
+    terms = [translator.resolve(str(value.name)) for value in node.inputs if value is not None]
+    for one, other in (terms, terms[::-1]):
         if isinstance(one, Constant) and is_bias(one) and _is_linear(other):
             assert isinstance(other, fx.Proxy)
-            return _give_bias(translator, node, one, other.node, name)
+            return _give_bias(translator, node, one, other.node)
     return False
 
 
@@ -207,13 +204,13 @@ def _is_linear(term: Term) -> bool:
     return isinstance(term, fx.Proxy) and term.node.target is functional.linear and not term.node.users
 
 
-def _give_bias(translator: Translator, node: ir.Node, bias: Constant, linear: fx.Node, name: str) -> bool:
+def _give_bias(translator: Translator, node: ir.Node, bias: Constant, linear: fx.Node) -> bool:
     x, weight, own = linear.args
-    if own is not None:
+    if own is None:
+        with translator.graph.inserting_before(linear):
+            linear.args = (x, weight, translator.tensor(bias).node)
+    elif not isinstance(own, fx.Node) or not translator.parameters.merge(own, bias.array, bias.name):
         return False
-    with translator.graph.inserting_before(linear):
-        vector = translator.tensor(bias).node
-    linear.args = (x, weight, vector)
     translator.terms[str(node.outputs[0].name)] = translator.proxy(linear)
     return True
 
@@ -226,9 +223,14 @@ def _results(site: Site, part: Fragment) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _causal(site: Site) -> bool:
+def _causal(matches: Matches, before: Site, after: Site) -> bool:
     """Whether all that is added to the scores is causality, counted from the start of both."""
-    return isinstance(site, AttentionSite) and site.bias.kind == "causal" and not site.softcap
+    if not isinstance(after, AttentionSite) or after.softcap:
+        return False
+    if after.bias.kind == "causal":
+        return True
+    calls = [n for n in regions(matches, before) if "scaled_dot_product_attention" in str(n.target)]
+    return len(calls) == 1 and bool(calls[0].kwargs.get("is_causal") or (len(calls[0].args) > 5 and calls[0].args[5]))
 
 
 def _values(matches: Matches, part: Fragment) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+import rewriter.torch_graphs.views  # noqa: F401  (registers how views are written)
 from rewriter.core.refusal import Refused
 from rewriter.graph.composites import is_composite
 from rewriter.graph.onnx import constant_of
