@@ -61,6 +61,7 @@ def model_of(kind: str, form: Form, model: str = "Model", config: str = "", **op
     """The transformers class `kind` + `model` from its configuration, with its attention in this form."""
     settings = getattr(tf, (config or kind) + "Config")(**options)
     settings._attn_implementation = form
+    settings._experts_implementation = "batched_mm"  # the other ways depend on which experts were chosen
     made: nn.Module = getattr(tf, kind + model)._from_config(settings, attn_implementation=form)
     return made
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from models.families.family import BATCH, HEAD_DIM, HEADS, INNER, TEXT, WIDTH, Axes, Example, Form
 from models.families.heldout_common import HeldOut
@@ -38,10 +38,10 @@ class NanoGPT(Projections):
         b, t, c = x.size()
         q, k, v = (p.view(b, t, HEADS, c // HEADS).transpose(1, 2) for p in self.c_attn(x).split(c, dim=2))
         if self.form == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = (q @ k.transpose(-2, -1)) * (1.0 / k.size(-1) ** 0.5)
-            y = F.softmax(scores.masked_fill(self.bias[:, :, :t, :t] == 0, float("-inf")), dim=-1) @ v
+            y = functional.softmax(scores.masked_fill(self.bias[:, :, :t, :t] == 0, float("-inf")), dim=-1) @ v
         return x + self.o(y.transpose(1, 2).contiguous().view(b, t, c))
 
 
@@ -117,7 +117,7 @@ class FoldedHeads(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        b, s, _ = x.shape
+        b = x.shape[0]
         q, k, v = (torch.cat(p(x).split(HEAD_DIM, 2), 0) for p in (self.q, self.k, self.v))
         weights = torch.softmax(q.bmm(k.transpose(1, 2)) / HEAD_DIM**0.5, -1)
         return x + self.o(torch.cat(weights.bmm(v).split(b, 0), 2))
@@ -167,7 +167,10 @@ class CosineHeads(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        q, k = F.normalize(split_heads(self.q(x)), dim=-1), F.normalize(split_heads(self.k(x)), dim=-1)
+        q, k = (
+            functional.normalize(split_heads(self.q(x)), dim=-1),
+            functional.normalize(split_heads(self.k(x)), dim=-1),
+        )
         weights = (q @ k.transpose(-2, -1) * self.temperature.clamp(max=4.6).exp()).softmax(-1)
         return x + self.o(merge_heads(weights @ split_heads(self.v(x))))
 
@@ -233,23 +236,6 @@ class NonLocal(nn.Module):
         return x + self.out(y.permute(0, 2, 1).reshape(b, WIDTH // 2, h, w))
 
 
-class SagAttention(nn.Module):
-    """Self-attention of image generators (Zhang et al. 2019): keys first, thin queries, a learned weight on the result."""
-
-    def __init__(self, form: Form) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, WIDTH, 1)
-        self.gamma = nn.Parameter(torch.full((1,), 0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, height, width) -> the same."""
-        b, c, h, w = x.size()
-        q, k = self.q(x).view(b, -1, h * w).permute(0, 2, 1), self.k(x).view(b, -1, h * w)
-        weights = torch.softmax(torch.bmm(q, k), dim=-1)
-        out = torch.bmm(self.v(x).view(b, -1, h * w), weights.permute(0, 2, 1)).view(b, c, h, w)
-        return self.gamma * out + x
-
-
 class DiffusionBlock(nn.Module):
     """Self-attention, cross-attention to text, gated feed-forward: the transformer block inside a U-Net."""
 
@@ -270,7 +256,7 @@ class DiffusionBlock(nn.Module):
             s = h if source is None else source
             x = x + out(merge_heads(attend(split_heads(q(h)), split_heads(k(s)), split_heads(v(s)), self.form)))
         value, gate = self.up(self.norms[2](x)).chunk(2, -1)
-        return x + self.down(value * F.gelu(gate))
+        return x + self.down(value * functional.gelu(gate))
 
 
 class SetPooling(nn.Module):
@@ -287,7 +273,7 @@ class SetPooling(nn.Module):
         qh, kh, vh = (torch.cat(z.split(HEAD_DIM, 2), 0) for z in (q, k, v))
         weights = torch.softmax(qh.bmm(kh.transpose(1, 2)) / WIDTH**0.5, 2)
         out = torch.cat((qh + weights.bmm(vh)).split(q.size(0), 0), 2)
-        return out + F.relu(block[3](out))  # type: ignore[index]
+        return out + functional.relu(block[3](out))  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, 3, C)."""
@@ -341,7 +327,6 @@ HELD_OUT_MODULES = (
     HeldOut("image_pixels", pixels(ImagePixels), 1, sdpa=False),
     HeldOut("image_pixels_one_head", pixels(lambda form: ImagePixels(form, 1)), 1, sdpa=False),
     HeldOut("non_local", pixels(NonLocal), 1, sdpa=False),
-    HeldOut("image_generator", pixels(SagAttention), 1, sdpa=False),
     HeldOut("diffusion_block", _diffusion, 2),
     HeldOut("set_pooling", plain(SetPooling), 3, sdpa=False),
     HeldOut("pooled_by_query", plain(PooledByQuery), 1, sdpa=False),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from models.families.family import BATCH, HEAD_DIM, HEADS, TEXT, WIDTH, Example, Form
-from models.families.heldout_common import HeldOut
+from models.families.family import BATCH, HEAD_DIM, HEADS, TEXT, VOCABULARY, WIDTH, Example, Form
+from models.families.heldout_common import HeldOut, text
 from models.families.heldout_modules import Projections, pixels, plain
 from models.families.torch_modules import merge_heads, split_heads
 
@@ -28,7 +28,7 @@ class RelativeShift(Projections):
         r = self.r(self.table[:s]).view(s, HEADS, HEAD_DIM)
         content = torch.einsum("bihd,bjhd->bhij", q + self.u, k)
         position = torch.einsum("bihd,jhd->bhij", q + self.w, r)
-        padded = F.pad(position, (1, 0)).view(b, HEADS, s + 1, s)[:, :, 1:]
+        padded = functional.pad(position, (1, 0)).view(b, HEADS, s + 1, s)[:, :, 1:]
         scores = (content + padded.view(b, HEADS, s, s)) * HEAD_DIM**-0.5
         future = torch.triu(torch.ones(s, s), 1).bool()
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
@@ -86,7 +86,7 @@ class GraphAttention(nn.Module):
         """(B, S, C) and (B, S, S)."""
         h = self.w(x)
         scores = self.left(h).transpose(1, 2)[..., None] + self.right(h).transpose(1, 2)[..., None, :]
-        scores = F.leaky_relu(scores, 0.2).masked_fill(edges[:, None] < 0, -1e9)
+        scores = functional.leaky_relu(scores, 0.2).masked_fill(edges[:, None] < 0, -1e9)
         return x + merge_heads(scores.softmax(-1) @ split_heads(h))
 
 
@@ -95,7 +95,7 @@ class KernelAttention(Projections):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
-        q, k = F.elu(split_heads(self.q(x))) + 1, F.elu(split_heads(self.k(x))) + 1
+        q, k = functional.elu(split_heads(self.q(x))) + 1, functional.elu(split_heads(self.k(x))) + 1
         context = k.transpose(-1, -2) @ split_heads(self.v(x))
         return x + self.o(merge_heads(q @ context / (q @ k.sum(-2)[..., None])))
 
@@ -127,7 +127,7 @@ class Retention(Projections):
         place = torch.arange(x.shape[1])
         decay = torch.tril(0.9 ** (place[:, None] - place).clamp(min=0).float())
         scores = split_heads(self.q(x)) @ split_heads(self.k(x)).transpose(-1, -2) * decay
-        return x + self.o(merge_heads(F.normalize(scores @ split_heads(self.v(x)), dim=-1)))
+        return x + self.o(merge_heads(functional.normalize(scores @ split_heads(self.v(x)), dim=-1)))
 
 
 class SigmoidAttention(Projections):
@@ -165,7 +165,7 @@ class ChannelAttention(Projections):
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         q, k, v = (split_heads(p(x)).transpose(-1, -2) for p in (self.q, self.k, self.v))
-        weights = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)).softmax(-1)
+        weights = (functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).transpose(-1, -2)).softmax(-1)
         return x + self.o(merge_heads((weights @ v).transpose(-1, -2)))
 
 
@@ -204,7 +204,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> the same."""
-        gate = self.up(F.relu(self.down(x.mean((2, 3))))).softmax(-1)
+        gate = self.up(functional.relu(self.down(x.mean((2, 3))))).softmax(-1)
         return x + self.conv(x) * gate[:, :, None, None]
 
 
@@ -221,9 +221,26 @@ class CapsuleRouting(nn.Module):
         logits = torch.zeros(votes.shape[:3])
         for _ in range(2):
             result = torch.einsum("bsn,bsnd->bnd", logits.softmax(-1), votes)
-            result = F.normalize(result, dim=-1)
+            result = functional.normalize(result, dim=-1)
             logits = logits + torch.einsum("bnd,bsnd->bsn", result, votes)
         return result
+
+
+class SagAttention(nn.Module):
+    """Self-attention of image generators (Zhang et al. 2019): keys first, thin queries, a learned gain."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, 8, 1), nn.Conv2d(WIDTH, WIDTH, 1)
+        self.gamma = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) -> the same."""
+        b, c, h, w = x.size()
+        q, k = self.q(x).view(b, -1, h * w).permute(0, 2, 1), self.k(x).view(b, -1, h * w)
+        weights = torch.softmax(torch.bmm(q, k), dim=-1)
+        out = torch.bmm(self.v(x).view(b, -1, h * w), weights.permute(0, 2, 1)).view(b, c, h, w)
+        return self.gamma * out + x
 
 
 def _luong(form: Form) -> Example:
@@ -241,6 +258,68 @@ def _none(name: str, make: type[nn.Module]) -> HeldOut:
 
 
 HELD_OUT_NEAR = (
+    HeldOut("image_generator", pixels(SagAttention), 1, sdpa=False),
+    text(
+        "rwkv",
+        "Rwkv",
+        0,
+        sizes={
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "context_length": 16,
+            "attention_hidden_size": WIDTH,
+        },
+        names=("input_ids",),
+        tokens=4,
+        negative=True,
+        fixed={"use_cache": False},
+        sdpa=False,
+    ),
+    text(
+        "mamba2",
+        "Mamba2",
+        0,
+        sizes={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "state_size": 4,
+            "num_heads": 6,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+        },
+        names=("input_ids",),
+        tokens=8,
+        negative=True,
+        fixed={"use_cache": False},
+        sdpa=False,
+    ),
+    text(
+        "reformer",
+        "Reformer",
+        2,
+        sdpa=False,
+        names=("input_ids",),
+        tokens=16,
+        sizes={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "attention_head_size": 8,
+            "num_attention_heads": 4,
+            "attn_layers": ["local", "lsh"],
+            "num_buckets": 2,
+            "lsh_attn_chunk_length": 4,
+            "local_attn_chunk_length": 4,
+            "num_hashes": 2,
+            "feed_forward_size": 40,
+            "axial_pos_embds": False,
+            "max_position_embeddings": 64,
+            "is_decoder": False,
+            "hash_seed": 0,
+        },
+    ),
     HeldOut("relative_shift", plain(RelativeShift), 1, sdpa=False),
     HeldOut("luong", _luong, 1, sdpa=False),
     HeldOut("bare", plain(BareAttention), 1, sdpa=False),

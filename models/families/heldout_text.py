@@ -176,7 +176,7 @@ HELD_OUT_TEXT = (
         LAYERS,
         sdpa=False,
     ),
-    HeldOut("lilt", _boxes("Lilt", channel_shrink_ratio=2, max_2d_position_embeddings=64), 2 * LAYERS, sdpa=False),
+    HeldOut("lilt", _boxes("Lilt", channel_shrink_ratio=2, max_2d_position_embeddings=64), 2 * LAYERS - 1, sdpa=False),
     HeldOut("perceiver", _perceiver, 3, sdpa=False),
     text("splinter", "Splinter", sdpa=False),
     text("roformer", "RoFormer", sdpa=False, embedding_size=WIDTH),

@@ -27,6 +27,7 @@ BATCHES = (2, 5, 3)
 IMAGE_SIDES, SOUND_SAMPLES = (32, 64, 128), (400, 1200)
 LENGTHS = ((10, 7, 6, 9, 8), (13, 11, 17, 19, 23), (11, 5, 8, 7, 12))
 MOST_ELEMENTS = 2**27
+SIGNALS = frozenset(("Conv", "STFT", "DFT", "MaxPool", "AveragePool"))  # what shortens a long signal
 # for attention over windows and blocks, whose lengths must be multiples
 WHOLE_LENGTHS = ((12, 16, 32, 64, 96, 128), (24, 48, 80, 160), (36, 144, 64, 96))
 STEP = 200  # nodes between two looks at what may be dropped
@@ -254,7 +255,9 @@ def _long_lengths(graph: OnnxGraph) -> tuple[int, ...]:
     """Lengths for signals; never for tokens, whose attention would grow with the square."""
     if any(spec.dtype.kind in "iub" for spec in graph.inputs):
         return ()
-    return IMAGE_SIDES if any(len(spec.shape) == 4 for spec in graph.inputs) else SOUND_SAMPLES
+    if any(len(spec.shape) == 4 for spec in graph.inputs):
+        return IMAGE_SIDES
+    return SOUND_SAMPLES if any(node.op_type in SIGNALS for node in graph.topological()) else ()
 
 
 def _axis_names(graph: OnnxGraph) -> Iterator[tuple[str, bool]]:
