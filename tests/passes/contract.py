@@ -28,6 +28,7 @@ from tests.passes.reference import (
     attention_case,
     features,
     feed_forward_case,
+    hostile,
     output,
     relative_error,
     statistics,
@@ -122,6 +123,23 @@ class Contract:
         assert self.subject.refuse(dataclasses.replace(own, state=State.MAPPED)) is not None
         assert self.subject.refuse(dataclasses.replace(own, escapes=("inner",))) is not None
 
+    def test_second_application_finds_nothing(self) -> None:
+        for case in self.cases():
+            facts = self.facts(case)
+            for option in self.subject.options(case.site, self.target):
+                once = self.subject.apply(case.site, option, facts)
+                if self.subject.refuse(once) is not None:
+                    continue
+                own = Case(once, case.values, case.valid_BS)
+                twice = self.subject.apply(once, option, self.facts(own))
+                assert relative_error(twice, own) < 1e-12, str(option)
+
+    def test_names_and_dtypes_stay(self) -> None:
+        for site, case in zip(self.rewritten(), self.cases(), strict=True):
+            assert site.id == case.site.id and site.state is case.site.state and site.order == case.site.order
+            for before, after in zip(result(case.site), result(site), strict=True):
+                assert before == after
+
     def test_same_in_another_process(self) -> None:
         here = [digest(site) for site in self.rewritten()]
         script = (
@@ -139,6 +157,20 @@ class Contract:
             self.subject.apply(case.site, self.subject.options(case.site, self.target)[-1], self.facts(case))
             for case in self.cases()
         ]
+
+
+class ExactContract(Contract):
+    """For exact passes: the same function on hostile masks and two shapes; what is refused would change it."""
+
+    def test_same_function_on_hostile_masks_and_two_shapes(self) -> None:
+        for case in self.cases():
+            option = self.subject.options(case.site, self.target)[0]
+            after = self.subject.apply(case.site, option, None)
+            for tokens in (5, 11):
+                for values in hostile(case, tokens):
+                    found, wanted = output(after, values), output(case.site, values)
+                    close = 1e-9 if output_weights(case.site).dtype == result(case.site)[-1] else 1e-5
+                    np.testing.assert_allclose(found, wanted, rtol=close, atol=close, equal_nan=True)
 
 
 class CalibratedContract(Contract):
@@ -218,6 +250,14 @@ class CalibratedContract(Contract):
             error = relative_error(self.subject.apply(case.site, option, facts), case)
             found.setdefault(tuple(key for key, _ in option.parameters), []).append(error)
         return found
+
+
+def result(site: Site) -> tuple[object, ...]:
+    """What the graph sees of a site: the result's name, its layout, its dtype."""
+    if isinstance(site, FeedForwardSite):
+        return site.output, site.rank, site.down_FC.dtype, site.source
+    assert site.output is not None
+    return site.output.value, site.output.rank, site.output.time_first, site.output.weight_HDC.dtype
 
 
 def assert_legal(site: Site, case: Case) -> None:

@@ -368,6 +368,30 @@ def _mask(
     return ScoreBias("value", "mask")
 
 
+def hostile(case: Case, tokens: int, seed: int = 0) -> list[Values]:
+    """The values of a case at another length, under masks that models meet: padding on either side, holes, lengths that
+    differ in one batch, a row that sees nothing. Only the masks' values change, never their kind."""
+    rng = np.random.default_rng(seed)
+    batch, width = 3, case.values["x"].shape[-1]
+    allowed = np.ones((4, batch, 1, tokens, tokens), bool)
+    allowed[0, :, :, :, : tokens // 2] = False
+    allowed[1, :, :, :, tokens - 2 :] = False
+    allowed[2] = rng.random((batch, 1, 1, tokens)) < 0.5
+    allowed[2, ..., 0] = True
+    allowed[3] = np.arange(tokens) < rng.integers(1, tokens, batch)[:, None, None, None]
+    allowed[3, 0, :, 1] = False
+    found: list[Values] = []
+    for one in allowed:
+        values = {"x": correlated(rng, (batch, tokens, width))}
+        if "cos" in case.values:
+            _tables(tokens, case.values["cos"].shape[-1], values)
+        mask = case.values.get("mask")
+        if mask is not None:
+            values["mask"] = one if mask.dtype == bool else np.where(one, 0.0, -np.inf)
+        found.append(values)
+    return found
+
+
 def feed_forward_case(
     seed: int,
     hidden: int = 64,

@@ -11,7 +11,7 @@ from passes.exact_cleanup import key_bias_refusal, scale_refusal, value_bias_ref
 from rewriter.core.option import Option
 from rewriter.core.passes_registry import discover
 from rewriter.core.site import AttentionSite, Site
-from tests.passes.contract import Contract
+from tests.passes.contract import ExactContract
 from tests.passes.reference import TARGET, Case, attention_case, output
 
 OPTION = Option.of("exact_cleanup", "layers.0.attention")
@@ -26,7 +26,7 @@ def clean(case: Case) -> Site:
     return discover()["exact_cleanup"].apply(case.site, OPTION, None)
 
 
-class TestExactCleanup(Contract):
+class TestExactCleanup(ExactContract):
     name = "exact_cleanup"
 
     def cases(self) -> list[Case]:

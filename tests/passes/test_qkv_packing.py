@@ -13,13 +13,13 @@ from rewriter.core.site import AttentionSite, Site
 from rewriter.graph.interpreter import Interpreter
 from rewriter.runtimes.standard import to_standard
 from tests.assembly.tiny import feeds, model
-from tests.passes.contract import Contract
+from tests.passes.contract import ExactContract
 from tests.passes.reference import TARGET, Case, attention_case, output
 
 PASS = QkvPacking()
 
 
-class TestQkvPacking(Contract):
+class TestQkvPacking(ExactContract):
     name = "qkv_packing"
 
     def cases(self) -> list[Case]:
