@@ -26,8 +26,9 @@ def written_out(lowering: Lowering, node: Node) -> Any:
     if node.input(4):
         scores = emit(op.where(lowering.value(node.input(4)), scores, _number(0.0)))
     scores = _biased(lowering, node, scores)
-    batch, tokens = (int(size) for size in (scores.struct_info.shape[0], scores.struct_info.shape[2]))
-    keys = int(scores.struct_info.shape[3])
+    shapes = [lowering.shape(name) for name in node.inputs[:3]]
+    batch, tokens, keys = max(shape[0] for shape in shapes), shapes[0][-2], shapes[1][-2]
+    dim = shapes[2][-1] // (int(node.attributes["value_heads"]) if len(shapes[2]) == 3 else 1)
     if node.input(5):
         sink = emit(op.reshape(lowering.value(node.input(5)), (1, heads, 1, 1)))
         scores = emit(op.concat([scores, emit(op.broadcast_to(sink, (batch, heads, tokens, 1)))], 3))
@@ -37,7 +38,7 @@ def written_out(lowering: Lowering, node: Node) -> Any:
     if node.attributes.get("empty_rows", "nan") == "zero":
         weights = emit(op.where(emit(op.isnan(weights)), _number(0.0), weights))
     mixed = emit(op.permute_dims(emit(op.matmul(weights, value)), [0, 2, 1, 3]))
-    return op.reshape(mixed, (batch, tokens, heads * int(value.struct_info.shape[3])))
+    return op.reshape(mixed, (batch, tokens, heads * dim))
 
 
 def _heads(lowering: Lowering, node: Node, index: int, role: str) -> Any:
