@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rewriter.core.site import AttentionSite, FeedForwardSite, Projection, RaisedSite, ScoreBias
+from rewriter.core.site import Array, AttentionSite, FeedForwardSite, Projection, RaisedSite, ScoreBias
 
 
 def without_a_part(site: RaisedSite) -> RaisedSite:
@@ -19,19 +19,23 @@ def without_a_part(site: RaisedSite) -> RaisedSite:
         weight_HDC = site.output.weight_HDC.copy()
         weight_HDC[0] = 0
         return replace(site, output=replace(site.output, weight_HDC=weight_HDC))
-    kept = slice(max(1, site.width // 4), None)
-    cut = {"up_CF": site.up_CF[:, kept], "down_FC": site.down_FC[kept]}
-    if site.up_bias_F is not None:
-        cut["up_bias_F"] = site.up_bias_F[kept]
-    if site.gate_CF is not None:
-        cut["gate_CF"] = site.gate_CF[:, kept]
-    if site.gate_bias_F is not None:
-        cut["gate_bias_F"] = site.gate_bias_F[kept]
+    first = max(1, site.width // 4)
     if site.activation == "path":  # its nodes may name the width
         down_FC = site.down_FC.copy()
-        down_FC[: max(1, site.width // 4)] = 0
-        cut = {"down_FC": down_FC}
-    return replace(site, **cut)
+        down_FC[:first] = 0
+        return replace(site, down_FC=down_FC)
+
+    def cut(array: Array | None) -> Array | None:
+        return None if array is None else array[..., first:]
+
+    return replace(
+        site,
+        up_CF=site.up_CF[:, first:],
+        up_bias_F=cut(site.up_bias_F),
+        gate_CF=cut(site.gate_CF),
+        gate_bias_F=cut(site.gate_bias_F),
+        down_FC=site.down_FC[first:],
+    )
 
 
 def _in_order(site: AttentionSite) -> bool:
@@ -78,7 +82,9 @@ def wrong_variants(site: RaisedSite) -> Iterator[tuple[str, RaisedSite]]:
     if site.softcap:
         yield "dropping the soft-cap", replace(site, softcap=0.0)
     if site.query.rotary is not None and site.key.rotary is not None:
-        query, key = (replace(p, rotary=replace(p.rotary, sign=-p.rotary.sign)) for p in (site.query, site.key))
+        query, key = (
+            replace(p, rotary=replace(p.rotary, sign=-p.rotary.sign)) if p.rotary else p for p in (site.query, site.key)
+        )
         yield "rotating the other way", replace(site, query=query, key=key)
     for role in ("query", "key"):
         norm = getattr(site, role).norm
