@@ -33,9 +33,11 @@ class Weights(Scope, Protocol):
 
 
 def write_composite(scope: Weights, node: ir.Node, terms: list[Term | None]) -> Tensorlike:
-    """One composite; raises `Refused` for number formats, which are torchao's to choose."""
+    """One composite; raises `Refused` for number formats, which are torchao's to choose, and sinks."""
     if attribute(node, "precision", "fp32") != "fp32":
         raise Refused("number-format", "number formats are not written into torch graphs; quantise the result")
+    if node.op_type == "Attention" and any(term is not None for term in terms[4:]):
+        raise Refused("fx-form", "attention with a sink or with replaced scores has no form in fx here")
     given = [term for term in terms if term is not None]
     first = scope.tensor(given[0])
     if node.op_type == "Linear":

@@ -175,7 +175,7 @@ def onnxruntime_result(graph: OnnxGraph, feeds: dict[str, np.ndarray]) -> np.nda
 
 
 def assert_lowered_is_the_same(graph: OnnxGraph, found: Recognition) -> OnnxGraph:
-    """Lowered and written out, the graph computes what it did in ONNX Runtime, at sizes never seen. Gives the former."""
+    """Lowered and written out, the graph computes what it did in ONNX Runtime at sizes never seen. Gives the former."""
     lowered = lower(graph, found.sites)
     standard, feeds = to_standard(lowered), feeds_of(graph)
     expected = onnxruntime_result(graph, feeds)
