@@ -79,7 +79,7 @@ def output(site: Site, values: Values) -> Float:
 
 def product(x: Float, weight: Float, precision: str = "fp32") -> Float:
     """``x @ weight`` with operands rounded to a number format, sums exact."""
-    if precision == "fp32":
+    if precision == "fp32" or not len(weight):
         return x @ weight
     if precision == "bf16":
         return _eight_bits(x) @ _eight_bits(weight)

@@ -11,6 +11,7 @@ from rewriter.core.errors import OptionError
 from rewriter.core.option import Option
 from rewriter.core.passes_registry import discover
 from rewriter.core.site import AttentionSite, FeedForwardSite, Site, State
+from rewriter.core.smoothing import smoothed
 from rewriter.core.target import Target
 from tests.passes.contract import Contract, assert_legal
 from tests.passes.reference import TARGET, Case, attention_case, feed_forward_case, product, relative_error, statistics
@@ -89,6 +90,43 @@ def test_comes_after_every_other_pass_and_keeps_what_they_did() -> None:
     rounded = PASS.apply(pruned, Option.of("precision", case.site.id, dtype="int8"), None)
     assert isinstance(rounded, AttentionSite) and rounded.heads == 2
     assert_legal(rounded, case)
+
+
+def uneven(case: Case) -> Case:
+    """The same function with a few channels before the output projection a hundred times as large."""
+    site = case.site
+    if isinstance(site, AttentionSite):
+        assert site.output is not None and site.value.weight_CGD is not None and site.value.bias_GD is not None
+        size = np.where(np.arange(site.v_dim) < 2, 60.0, 1.0)
+        value = replace(
+            site.value, weight_CGD=(site.value.weight_CGD * size).astype(np.float32), bias_GD=site.value.bias_GD * size
+        )
+        output = replace(site.output, weight_HDC=(site.output.weight_HDC / size[:, None]).astype(np.float32))
+        return Case(replace(site, value=value, output=output), case.values, case.valid_BS)
+    assert isinstance(site, FeedForwardSite) and site.gate_CF is not None and site.gate_bias_F is not None
+    size = np.where(np.arange(site.width) < 3, 60.0, 1.0)
+    gate, bias = (site.gate_CF * size).astype(np.float32), (site.gate_bias_F * size).astype(np.float32)
+    down = (site.down_FC / size[:, None]).astype(np.float32)
+    return Case(replace(site, gate_CF=gate, gate_bias_F=bias, down_FC=down), case.values, case.valid_BS)
+
+
+def test_large_channels_are_scaled_away_without_changing_the_function() -> None:
+    cases = [
+        attention_case(3, heads=4, kv_heads=2, dtype=np.float32),
+        feed_forward_case(2, gated=True, activation="silu", dtype=np.float32),
+    ]
+    option = Option.of("precision", "x", dtype="int8")
+    for case in map(uneven, cases):
+        facts = statistics(case.site, case)
+        scaled, plain = (PASS.apply(case.site, option, given) for given in (facts, None))
+        assert relative_error(replace(scaled, precision="fp32"), case) < 1e-11
+        assert 4 * relative_error(scaled, case) < relative_error(plain, case)
+        assert_legal(scaled, case)
+
+
+def test_units_of_a_curved_activation_are_left_alone() -> None:
+    case = feed_forward_case(0, activation="tanh", dtype=np.float32)
+    assert smoothed(case.site, statistics(case.site, case)) is case.site
 
 
 def test_one_scale_per_token_beats_one_per_tensor() -> None:
