@@ -74,7 +74,7 @@ class PrecisionPass(Pass):
         return tuple(Option.of(self.name, site.id, dtype=dtype) for dtype in FORMATS if target.multiplies(dtype))
 
     def apply(self, site: Site, option: Option, statistics: Statistics | None) -> Site:
-        """See `Pass.apply`; `statistics` may be missing. What a target lacks is not asked: plans move between machines."""
+        """See `Pass.apply`; `statistics` may be missing. What a target lacks is not asked: plans move."""
         refusal = self.refuse(site)
         if refusal is not None:
             raise OptionError(f"{option} does not apply: {refusal.why}", "Leave the option out of the plan")
