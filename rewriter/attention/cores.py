@@ -79,16 +79,21 @@ def assemble(trace: Trace, core: Core, raised: tuple[Raised, Raised, Raised]) ->
         problems=tuple(problems),
         example_shape=(batch, tokens, keys),
         order=trace.position(last),
-        names={
-            "context": core.context.name,
-            "probabilities": core.probabilities,
-            "product": core.content[0],
-            "scores": core.content[1],
-            "inner": "\n".join(name for name in core.inner if name != last),
-        },
+        names=_names(core, last),
         before=(*core.before, *_steps(raised)),
     )
     return _classified(_bias_dependence(trace, site, raised), core, batch, heads)
+
+
+def _names(core: Core, last: str) -> dict[str, str]:
+    """Values inside the region, by what they are; `last` is its result."""
+    return {
+        "context": core.context.name,
+        "probabilities": core.probabilities,
+        "product": core.content[0],
+        "scores": core.content[1],
+        "inner": "\n".join(name for name in core.inner if name != last),
+    }
 
 
 def _steps(raised: tuple[Raised, Raised, Raised]) -> tuple[Step, ...]:
