@@ -44,10 +44,11 @@ def loop_around(trace: Trace, context: str) -> Loop | None:
             break
     parts = tuple(inputs_of(node))
     found = [_softmax_behind(trace, part) for part in parts]
-    if len(parts) < 2 or len(set(parts)) < len(parts) or not all(found):
+    softmaxes = [softmax for softmax in found if softmax is not None]
+    if len(parts) < 2 or len({id(softmax) for softmax in softmaxes}) < len(parts):
         return None
     axis = node.attributes["axis"].as_int() % len(trace.shape(name))
-    return Loop(name, axis, parts, tuple(softmax for softmax in found if softmax))
+    return Loop(name, axis, parts, tuple(softmaxes))
 
 
 def _softmax_behind(trace: Trace, part: str) -> ir.Node | None:
@@ -77,8 +78,8 @@ def merged(trace: Trace, loop: Loop, part_of: Callable[[ir.Node], Part]) -> Part
     if len(alike) > 1 or any(core.before for core in cores):
         raise Refused("loop-of-heads", "heads with different score functions")
     scales = [core.scale * query.factor * key.factor for core, (query, key, _) in parts]
-    query = merged_operand([operands[0] for operands in raised], [scale / scales[0] for scale in scales])
-    key, value = (merged_operand([operands[role] for operands in raised]) for role in (1, 2))
+    query = merged_operand(trace, [operands[0] for operands in raised], [scale / scales[0] for scale in scales])
+    key, value = (merged_operand(trace, [operands[role] for operands in raised]) for role in (1, 2))
     heads = [len(operands[0].projection.head_of) for operands in raised]
     context = _context(trace, loop, cores, heads, batch)
     slots = [_slots(core.offset, batch, count) for core, count in zip(cores, heads, strict=True)]
@@ -124,6 +125,8 @@ def _context(trace: Trace, loop: Loop, cores: Sequence[Core], heads: Sequence[in
         view = view_between(trace, own.name, part)
         place = np.arange(trace.size(own.name)).reshape(trace.shape(own.name))
         here = Operand(part, axes, (batch, count), count if split else 0)
+        if split and trace.shape(part)[-1] % count:
+            raise Refused("loop-of-heads", "parts do not hold whole heads")
         if view is None or view.factor != 1.0 or view.offset.any():
             raise Refused("loop-of-heads", "heads are changed before they are joined")
         if not np.array_equal(here.arrange(view.element).reshape(-1), own.arrange(place).reshape(-1)):

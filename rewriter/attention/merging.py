@@ -15,7 +15,7 @@ from rewriter.core.refusal import Refused
 from rewriter.core.site import Array, HeadNorm, Projection, ScoreBias, Step
 
 
-def merged_operand(parts: Sequence[Raised], scales: Sequence[float] = ()) -> Raised:
+def merged_operand(trace: Trace, parts: Sequence[Raised], scales: Sequence[float] = ()) -> Raised:
     """One operand with the heads of all parts, each times its scale; heads that are the same are one.
 
     Raises `Refused` if the parts are not projections of the same value.
@@ -23,6 +23,8 @@ def merged_operand(parts: Sequence[Raised], scales: Sequence[float] = ()) -> Rai
     factors = [part.factor for part in parts]
     if not np.allclose(factors, factors[0], rtol=1e-12, atol=0) and not scales:
         raise Refused("loop-of-heads", "heads with different factors")
+    if all(part.projection.opaque for part in parts):
+        return _joined_values(trace, parts, scales)
     if any(abs(scale - 1.0) > 1e-12 for scale in scales):
         heads = [len(part.projection.head_of) for part in parts]
         parts = [scaled_per_head(p, (s,) * n) for p, s, n in zip(parts, scales, heads, strict=True)]
@@ -41,6 +43,28 @@ def merged_operand(parts: Sequence[Raised], scales: Sequence[float] = ()) -> Rai
         head_of=head_of,
     )
     return replace(parts[0], projection=merged)
+
+
+def _joined_values(trace: Trace, parts: Sequence[Raised], scales: Sequence[float]) -> Raised:
+    """Operands kept as values, one after the other in the axis of heads."""
+    projections = [part.projection for part in parts]
+    if len({(p.opaque_dim, p.opaque_transposed) for p in projections}) > 1:
+        raise Refused("loop-of-heads", "heads of different sizes")
+    aside = Aside(trace)
+    names = [projection.opaque for projection in projections]
+    for place, scale in enumerate(scales):
+        if abs(scale - 1.0) > 1e-12:
+            names[place] = aside.op("Mul", names[place], aside.number(scale))
+    distinct = list(dict.fromkeys(names))
+    starts = dict(zip(names, [0] * len(names), strict=True))
+    total = 0
+    for name in distinct:
+        starts[name], total = total, total + projections[names.index(name)].opaque_heads
+    joined = aside.op("Concat", *distinct, axis=1) if len(distinct) > 1 else distinct[0]
+    head_of = [starts[n] + head for n, p in zip(names, projections, strict=True) for head in p.head_of]
+    projection = replace(projections[0], opaque=joined, opaque_heads=total, head_of=tuple(head_of))
+    steps = (*(step for part in parts for step in part.steps), *aside.steps)
+    return replace(parts[0], projection=projection, steps=steps)
 
 
 _NAMES = ("weight_name", "bias_name")
@@ -117,16 +141,26 @@ def _joined_bias(parts: Sequence[Raised]) -> Array | None:
 def merged_bias(trace: Trace, parts: Sequence[ScoreBias], heads: Sequence[int]) -> tuple[ScoreBias, tuple[Step, ...]]:
     """What is added to the scores of all heads, and the steps that make it; raises `Refused` if it cannot be joined."""
     first = parts[0]
-    if max(heads) == 1 and all(_signature(trace, part) == _signature(trace, first) for part in parts):
+    alike = all(_signature(trace, part) == _signature(trace, first) for part in parts)
+    if alike and (max(heads) == 1 or (first.heads_axis == 1 and not first.folded and not first.full_shape)):
         return first, ()
-    shapes = [trace.shape(part.value) for part in parts if part.kind == "value"]
-    rank = len(shapes[0]) if shapes else 0
-    alike = len(shapes) == len(parts) and len(set(shapes)) == 1 and rank in (3, 4)
-    if max(heads) > 1 or not alike or (rank == 4 and shapes[0][1] != 1):
+    if any(part.kind != "value" for part in parts):
         raise Refused("loop-of-heads", "what is added to the scores differs from head to head")
     aside = Aside(trace)
-    rows = [aside.unsqueeze(part.value, 1) if rank == 3 else part.value for part in parts]
-    return ScoreBias("value", aside.op("Concat", *rows, axis=1), heads_axis=len(parts)), tuple(aside.steps)
+    rows = [row for part, count in zip(parts, heads, strict=True) for row in _rows(trace, aside, part, count)]
+    if len({(*shape[:1], *shape[2:]) for shape in map(trace.shape, rows)}) > 1:
+        raise Refused("loop-of-heads", "what is added to the scores differs in shape from head to head")
+    return ScoreBias("value", aside.op("Concat", *rows, axis=1), heads_axis=sum(heads)), tuple(aside.steps)
+
+
+def _rows(trace: Trace, aside: Aside, bias: ScoreBias, heads: int) -> list[str]:
+    """What is added to the scores of some heads, in four axes: once for all of its heads, or once for each."""
+    rank = len(trace.shape(bias.value))
+    if rank > 4 or (rank == 3 and not bias.folded and heads > 1) or (bias.folded and bias.heads_axis > 1):
+        raise Refused("loop-of-heads", "what is added to the scores has another layout")
+    new = {4: (), 3: (1,) if bias.folded else (0,), 2: (0, 1), 1: (0, 1, 2)}.get(rank, ())
+    name = aside.unsqueeze(bias.value, *new) if new else bias.value
+    return [name] * (heads if trace.shape(name)[1] == 1 else 1)
 
 
 def _signature(trace: Trace, bias: ScoreBias) -> object:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from rewriter.attention.lower import lower
 from rewriter.attention.recognise import recognise
@@ -156,4 +157,77 @@ def test_heads_whose_outputs_are_added_are_attentions_of_their_own() -> None:
     graph = net.finish(total)
     found = recognise(graph)
     assert [site.state for site in found.attention] == [State.LOWERABLE] * 4
+    assert_lowered_is_the_same(graph, found)
+
+
+def positions(net: Net) -> str:
+    """Minus the distance of key and query, (S, S)."""
+    length = net.op("Squeeze", net.shape("x", 1, 2), net.ints(0))
+    steps = net.op("Range", net.constant(0, np.int64), length, net.constant(1, np.int64))
+    steps = net.op("Cast", steps, to=TensorProto.FLOAT)
+    return net.op("Neg", net.op("Abs", net.op("Sub", net.unsqueeze(steps, 0), net.unsqueeze(steps, 1))))
+
+
+def rotated(net: Net, y: str) -> str:
+    angles = np.arange(32)[:, None] * np.array([1.0, 0.1, 0.01])
+    tables = (net.constant(np.concatenate([part(angles)] * 2, -1)) for part in (np.cos, np.sin))
+    cos, sin = (net.op("Slice", table, net.ints(0), net.shape("x", 1, 2), net.ints(0)) for table in tables)
+    one, two = net.op("Split", y, net.ints(3, 3), axis=2, outputs=2)
+    turned = net.op("Concat", net.op("Neg", two), one, axis=2)
+    return net.op("Add", net.op("Mul", y, cos), net.op("Mul", turned, sin))
+
+
+def odd_loop(name: str) -> OnnxGraph:
+    net, joined = Net(), []
+    seen, distance = net.causal(), positions(net)
+    for head, (query, key, value) in enumerate(separate(net)):
+        if name == "rotated":
+            query, key = rotated(net, query), rotated(net, key)
+        scores = net.times(net.op("MatMul", query, net.op("Transpose", key, perm=[0, 2, 1])), SCALE)
+        if name == "a slope for each head":
+            scores = net.op("Add", scores, net.times(distance, 0.5**head))
+        if name == "a condition":
+            scores = net.op("Where", seen, scores, net.scalar(-1e9))
+        joined.append(net.op("MatMul", softmax(net, scores), value))
+    return net.finish(net.op("Add", net.linear(net.op("Concat", *joined, axis=2)), "x"))
+
+
+@pytest.mark.parametrize("name", ["rotated", "a slope for each head", "a condition"])
+def test_odd_loops_are_one_attention(name: str) -> None:
+    graph = odd_loop(name)
+    found = recognise(graph)
+    (site,) = found.attention
+    assert site.state is State.LOWERABLE, site.problems
+    assert (site.heads, site.value.mapped) == (4, True)
+    assert site.query.mapped == (name != "rotated")
+    assert_lowered_is_the_same(graph, found)
+
+
+def test_a_loop_over_groups_of_heads_is_one_attention() -> None:
+    net, joined = Net(), []
+    for _ in range(2):
+        query, key, value = (net.heads(net.linear("x", WIDTH, 12), 2) for _ in range(3))
+        scores = net.op("Add", net.content(query, key), net.hidden())
+        joined.append(net.merged(net.op("MatMul", softmax(net, scores), value), 12))
+    graph = net.finish(net.op("Add", net.linear(net.op("Concat", *joined, axis=2)), "x"), ("x", "mask"))
+    found = recognise(graph)
+    (site,) = found.attention
+    assert site.state is State.LOWERABLE, site.problems
+    assert (site.heads, site.mask) == (4, "padding")
+    assert_lowered_is_the_same(graph, found)
+
+
+def test_one_softmax_over_folded_heads_is_no_loop() -> None:
+    """Heads cut apart and put one after the other in the batch, as early TensorFlow code has it."""
+    net = Net()
+    sizes = net.ints(*[DIM] * HEADS)
+    wide = (net.op("Split", net.linear("x"), sizes, axis=2, outputs=HEADS) for _ in range(3))
+    query, key, value = (net.op("Concat", *parts, axis=0) for parts in wide)
+    scores = net.times(net.op("MatMul", query, net.op("Transpose", key, perm=[0, 2, 1])), SCALE)
+    parts = net.op("Split", net.op("MatMul", softmax(net, scores), value), axis=0, outputs=HEADS)
+    graph = net.finish(net.op("Add", net.linear(net.op("Concat", *parts, axis=2)), "x"))
+    found = recognise(graph)
+    (site,) = found.attention
+    assert site.state is State.LOWERABLE, site.problems
+    assert site.heads == 4
     assert_lowered_is_the_same(graph, found)
