@@ -39,7 +39,7 @@ class LocalWindow(Pass):
 
     name: ClassVar[str] = "local_window"
     kind: ClassVar[Literal["exact", "calibrated"]] = "calibrated"
-    order: ClassVar[int] = 5
+    order: ClassVar[int] = 12
     requires: ClassVar[frozenset[Detail]] = frozenset({"distance"})
     combines: ClassVar[bool] = False
 
