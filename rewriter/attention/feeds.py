@@ -32,7 +32,7 @@ SIGNALS = frozenset(("Conv", "STFT", "DFT", "MaxPool", "AveragePool"))  # what s
 WHOLE_LENGTHS = ((12, 16, 32, 64, 96, 128), (24, 48, 80, 160), (36, 144, 64, 96))
 STEP = 200  # nodes between two looks at what may be dropped
 TRACED = frozenset(
-    [
+    (
         "Cast",
         "Identity",
         "Reshape",
@@ -49,7 +49,7 @@ TRACED = frozenset(
         "Max",
         "Min",
         "Clip",
-    ]
+    )
 )
 
 
@@ -126,7 +126,9 @@ def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
             for chosen in (distinct, *_sums(distinct)):
                 yield Sizes({**{name: chosen[alike[name]] for name in free}, **leading})
         long = [length * (round_ + 1) for length in _long_lengths(graph)]
-        for length in (lengths[0], *WHOLE_LENGTHS[round_], *long):
+        sound = any(spec.dtype.kind == "f" and len(spec.shape) == 2 for spec in graph.inputs)
+        more = (*long, *WHOLE_LENGTHS[round_]) if sound else (*WHOLE_LENGTHS[round_], *long)
+        for length in (lengths[0], *more):
             yield Sizes({**dict.fromkeys(free, length), **leading})
 
 
