@@ -31,26 +31,9 @@ SIGNALS = frozenset(("Conv", "STFT", "DFT", "MaxPool", "AveragePool"))  # what s
 # for attention over windows and blocks, whose lengths must be multiples
 WHOLE_LENGTHS = ((12, 16, 32, 64, 96, 128), (24, 48, 80, 160), (36, 144, 64, 96))
 STEP = 200  # nodes between two looks at what may be dropped
-TRACED = frozenset(
-    (
-        "Cast",
-        "Identity",
-        "Reshape",
-        "Unsqueeze",
-        "Squeeze",
-        "Expand",
-        "Slice",
-        "Add",
-        "Sub",
-        "Concat",
-        "Flatten",
-        "Transpose",
-        "Mul",
-        "Max",
-        "Min",
-        "Clip",
-    )
-)
+_LAID_OUT = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Slice", "Add")
+_COMPUTED = ("Sub", "Concat", "Flatten", "Transpose", "Mul", "Max", "Min", "Clip")
+TRACED = frozenset((*_LAID_OUT, *_COMPUTED))
 
 
 @dataclass(frozen=True)
