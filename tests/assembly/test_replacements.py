@@ -21,7 +21,7 @@ from rewriter.runtimes.standard import to_standard
 from tests.assembly.tiny import error, feeds, model
 
 PASSES = discover()
-WAYS = ("linear", "linear,rank=8", "identity", "bias", "nothing")
+WAYS = ("linear,rank=8", "identity", "bias", "nothing")
 
 
 def replaced(name: str, way: str) -> Plan:
@@ -47,7 +47,7 @@ def test_plan_file_and_standard_onnx_hold_it(way: str, tmp_path: Path) -> None:
     assert [spec.shape for spec in lowered.outputs] == [spec.shape for spec in graph.outputs]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "llama", "t5"])
+@pytest.mark.parametrize("name", ["vit", "t5"])
 def test_milder_ways_lose_less_in_every_layout(name: str) -> None:
     graph, found = model(name)
     held_out, losses = feeds(graph, 99, 4), {}
@@ -85,7 +85,7 @@ def test_dropped_frequency_pairs_have_tables_per_head(tmp_path: Path) -> None:
     assert lower(graph, [sites.get(s.id, s) for s in found.sites]).fingerprint() == lowered.fingerprint()
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_window_is_the_mask_it_says(name: str) -> None:
     graph, found = model(name)
     wide, narrow = (

@@ -43,9 +43,9 @@ class TestLocalWindow(CalibratedContract):
 
     def cases(self) -> list[Case]:
         return [
-            near_sighted(attention_case(0, batch=3, tokens=160)),
-            near_sighted(attention_case(1, heads=4, kv_heads=2, mask="bool", rotary=True, batch=3, tokens=144)),
-            long(attention_case(2, mask="causal", softcap=3.0, batch=3, tokens=144), 512),
+            near_sighted(attention_case(0, batch=2, tokens=96)),
+            near_sighted(attention_case(1, heads=4, kv_heads=2, mask="bool", rotary=True, batch=2, tokens=80)),
+            long(attention_case(2, mask="causal", softcap=3.0, batch=2, tokens=80), 512),
         ]
 
     def refused(self) -> dict[str, Site]:
@@ -63,7 +63,7 @@ class TestLocalWindow(CalibratedContract):
     def naive(self, case: Case, option: Option) -> Site:
         """As many keys, but the last ones of the sequence for all queries."""
         site, tokens = attention(case.site), case.valid_BS.shape[1]
-        seen = np.arange(tokens) >= tokens - 2 * option.integer("size")
+        seen = np.arange(tokens) >= tokens - option.integer("size")
         before = case.values["mask"]
         hidden = np.where(before, 0.0, -np.inf) if before.dtype == bool else before
         return replace(site, bias=ScoreBias("value", self.remember(case, np.where(seen, hidden, -1e9))))
@@ -96,8 +96,8 @@ class TestLocalWindow(CalibratedContract):
 
     def test_far_attention_is_doubted(self) -> None:
         far, near = (
-            long(attention_case(3, batch=2, tokens=160)),
-            near_sighted(attention_case(3, batch=2, tokens=160), 0.6),
+            long(attention_case(3, batch=2, tokens=96)),
+            near_sighted(attention_case(3, batch=2, tokens=96), 0.6),
         )
         option = Option.of(self.name, far.site.id, size=32, sinks=4)
         facts = [statistics(case.site, case) for case in (far, near)]

@@ -52,7 +52,7 @@ class TestQkvPacking(ExactContract):
             PASS.apply(cross, Option.of(self.name, site.id, pack="qkv"), None)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_one_product_in_the_graph(name: str) -> None:
     graph, found = model(name)
     packed = [PASS.apply(site, PASS.options(site, TARGET)[0], None) for site in found.attention]
