@@ -26,6 +26,8 @@ SMALLEST = 256
 INDEX = "index.json"
 _WEIGHT_INPUTS = {"MatMul": (0, 1), "Gemm": (1,), "Conv": (1,), "Gather": (0,), "Transpose": (0,), "Einsum": (0, 1)}
 _WEIGHT_INPUTS |= {"Slice": (0,), "Identity": (0,), "Cast": (0,)}
+# of ONNX Runtime; no operator of the same name takes a constant in these places
+_WEIGHT_INPUTS |= {"Attention": (1,), "FusedMatMul": (0, 1), "EmbedLayerNormalization": (2, 3, 4)}
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 # From opset 18 to 24 the other operators of exported graphs gained element types and rare attributes, no new meaning.
 _MEANING_SETTLED = 18

@@ -50,7 +50,7 @@ def judge(rival: Rival, cell: Cell, path: Path) -> Verdict:
     before = _fused(onnx.load(path))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            model = _by_optimizer(path, cell) if rival == "optimizer" else _by_onnxscript(path)
+            model = by_optimizer(path, cell) if rival == "optimizer" else by_onnxscript(path)
     except Exception as problem:  # noqa: BLE001 - recorded in the table
         return Verdict(0, "failed", _words(problem))
     found = _fused(model) - before
@@ -92,7 +92,8 @@ def _fused(model: onnx.ModelProto) -> int:
     return sum(node.op_type in FUSED for node in model.graph.node)
 
 
-def _by_optimizer(path: Path, cell: Cell) -> onnx.ModelProto:
+def by_optimizer(path: Path, cell: Cell) -> onnx.ModelProto:
+    """The graph after ONNX Runtime's transformers optimizer, told the right model type."""
     from onnxruntime.transformers import optimizer
 
     # where sizes differ between stages the optimizer has to find them itself
@@ -103,7 +104,8 @@ def _by_optimizer(path: Path, cell: Cell) -> onnx.ModelProto:
     ).model
 
 
-def _by_onnxscript(path: Path) -> onnx.ModelProto:
+def by_onnxscript(path: Path) -> onnx.ModelProto:
+    """The graph after onnxscript's fusions for ONNX Runtime."""
     import onnx_ir
     from onnxscript.rewriter import ort_fusions
 
