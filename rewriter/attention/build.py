@@ -119,11 +119,11 @@ class Builder:
             )
             self._add(made)
 
-    def declare(self, name: str, *sizes: int | None) -> str:
-        """Say what is known of a value's shape, and that it holds the graph's floats: backends ask."""
+    def declare(self, name: str, *sizes: int | None, dtype: np.dtype[np.generic] | None = None) -> str:
+        """Say what is known of a value's shape, and that it holds floats (the graph's, or of `dtype`): backends ask."""
         value = self.value(name)
         value.shape = ir.Shape(sizes)
-        value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self.dtype or np.float32)))
+        value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype or self.dtype or np.float32)))
         return name
 
     def size_of(self, name: str, axis: int) -> str:

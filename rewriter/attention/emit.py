@@ -9,6 +9,7 @@ import numpy as np
 
 from rewriter.attention.asides import write
 from rewriter.attention.build import Builder
+from rewriter.attention.element_types import as_computed
 from rewriter.attention.emit_linear import emit_linear_site, linear, read_source, write_output
 from rewriter.attention.emit_packed import has_steps, packed_operands
 from rewriter.attention.emit_window import near
@@ -203,9 +204,8 @@ def _bias(
         return _causal(b, site, query, key, "start", output)
     parts = [] if bias.kind == "none" else [_base_bias(b, paths, site, query, key)]
     if not bias.also_causal and not bias.padding:
-        return b.op("Identity", parts[0], output=output)
-    if bias.kind == "bool":
-        parts = [_hidden(b, parts[0], -np.inf)]
+        return as_computed(b, parts[0], output)
+    parts = [_hidden(b, parts[0], -np.inf)] if bias.kind == "bool" else [as_computed(b, part) for part in parts]
     if bias.also_causal:
         parts.append(_hidden(b, _causal(b, site, query, key, bias.also_causal, ""), -np.inf))
     if bias.padding:

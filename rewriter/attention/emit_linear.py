@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from rewriter.attention.build import Builder
+from rewriter.attention.element_types import other_dtype
 from rewriter.core.site import LinearSite, OutputProjection, Precision, Projection
 
 
@@ -36,10 +38,15 @@ def write_output(b: Builder, output: OutputProjection, features: str, precision:
         else:
             _lay_out(b, output, features, width)
         return
-    inputs = [features, b.constant(output.weight_HDC.reshape(heads * dim, width), "output.weight")]
+    weight = output.weight_HDC.reshape(heads * dim, width)
+    other = other_dtype(b, output.value)
+    if other is not None:  # the graph widened what it weighs
+        features = b.op("Cast", features, to=int(ir.DataType.from_numpy(other)))
+        weight = weight.astype(other)
+    inputs = [features, b.constant(weight, "output.weight")]
     if output.bias_C is not None:
-        inputs.append(b.constant(output.bias_C, "output.bias"))
-    result = b.declare(linear(b, inputs, precision, output.value if as_is else ""), None, None, width)
+        inputs.append(b.constant(output.bias_C.astype(other or output.bias_C.dtype), "output.bias"))
+    result = b.declare(linear(b, inputs, precision, output.value if as_is else ""), None, None, width, dtype=other)
     if not as_is:
         _lay_out(b, output, result, width)
 

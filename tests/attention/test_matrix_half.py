@@ -18,7 +18,14 @@ from rewriter.runtimes.standard import to_standard
 from tests.attention.states import check_state, found_in, pack
 
 CELLS = dict(pack("half").models)
-RUN = ("bert.sdpa.l17c", "gpt2_past.eager.l17k", "llama.sdpa.l17c", "t5.eager.l17k", "vit.eager.l17h")
+RUN = (
+    "bert.sdpa.l17c",
+    "llama.sdpa.l17h",
+    "gpt2_past.eager.l17k",
+    "llama.sdpa.l17c",
+    "t5.eager.l17k",
+    "vit.eager.l17h",
+)
 
 
 @pytest.mark.parametrize("cell", CELLS)
