@@ -48,6 +48,8 @@ def test_simplified_norm() -> None:
         ((2, 4, 3), (2, 5, 4), {"transA": 1, "transB": 1}),
         ((3, 2, 4), (2, 4, 5), {"transBatchA": 1}),
         ((2, 3, 4), (4, 2, 5), {"transBatchB": 1}),
+        ((3, 4, 2, 5), (4, 2, 5, 6), {"transBatchA": 1}),
+        ((3, 2, 5, 4), (5, 3, 2, 6), {"transBatchB": 1, "transA": 1}),
     ],
 )
 def test_fused_matmul(a: tuple[int, ...], b: tuple[int, ...], flags: dict[str, int]) -> None:
