@@ -51,7 +51,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """One standard operator with one output, or a ``Constant`` with its `array`: part of what a site writes besides itself.
+    """A standard operator with one output, or a ``Constant`` with its `array`: what a site writes besides itself.
 
     An attention operator of the graph may compute masks, tables and places in a cache inside itself; steps say how.
     """
