@@ -167,14 +167,13 @@ class Shared(Block):
 
 @dataclass(frozen=True)
 class Family:
-    """A module with an example; `untraced` says that `symbolic_trace` sees no region in it."""
+    """A module with an example."""
 
     make: Callable[[], nn.Module]
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     shapes: Any = None
     attentions: int = 1
-    untraced: bool = False
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -204,7 +203,7 @@ FAMILIES = {
         {"x": FREE, "other": {"memory": FREE}},
     ),
     "normed": Family(Normed, ONE),
-    "layer": Family(Layer, TWO, shapes=(FREE, FREE), untraced=True),
+    "layer": Family(Layer, TWO, shapes=(FREE, FREE)),
     "shared": Family(Shared, ONE, attentions=2),
 }
 
