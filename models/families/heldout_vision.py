@@ -172,7 +172,7 @@ HELD_OUT_VISION = (
     values(
         "groupvit",
         "GroupViT",
-        5,
+        7,
         SMALL,
         model="VisionModel",
         config="GroupViTVision",

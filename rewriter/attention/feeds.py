@@ -7,7 +7,7 @@ integer input that indexes a table is a number below the table's length, one tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -113,6 +113,16 @@ def size_choices(graph: OnnxGraph, round_: int) -> Iterator[Sizes]:
         more = (*long, *WHOLE_LENGTHS[round_]) if sound else (*WHOLE_LENGTHS[round_], *long)
         for length in (lengths[0], *more):
             yield Sizes({**dict.fromkeys(free, length), **leading})
+    yield from _several_to_one(names, round_)
+
+
+def _several_to_one(names: Sequence[tuple[str, bool]], round_: int) -> Iterator[Sizes]:
+    """Several items of one input to each item of the others (code books, beams)."""
+    firsts = [name for name, first in names if first and not name.startswith("?")]
+    free = {name: LENGTHS[round_][i % 5] for i, name in enumerate(name for name, first in names if not first)}
+    for name in firsts if len(firsts) > 1 else ():
+        for factor in (2, 4):
+            yield Sizes({**free, **dict.fromkeys(firsts, BATCHES[round_]), name: factor * BATCHES[round_]})
 
 
 def _sums(distinct: Mapping[str, int]) -> Iterator[dict[str, int]]:

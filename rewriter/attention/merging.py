@@ -60,6 +60,8 @@ def _joined_values(trace: Trace, parts: Sequence[Raised], scales: Sequence[float
     total = 0
     for name in distinct:
         starts[name], total = total, total + projections[names.index(name)].opaque_heads
+    if len({trace.value(name).shape[2:] for name in distinct}) > 1:
+        raise Refused("loop-of-heads", "parts of different lengths")
     joined = aside.op("Concat", *distinct, axis=1) if len(distinct) > 1 else distinct[0]
     head_of = [starts[n] + head for n, p in zip(names, projections, strict=True) for head in p.head_of]
     projection = replace(projections[0], opaque=joined, opaque_heads=total, head_of=tuple(head_of))
