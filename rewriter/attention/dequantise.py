@@ -1,7 +1,7 @@
 """A copy of a quantised graph that computes in floats, to look at: what is found there can be mapped, not rewritten.
 
 Every quantised value gets a twin in floats: what was rounded to it, or what a quantised operator would give without
-rounding. Values that are floats in the original keep their names; operators that are not understood stay as they are.
+rounding. Outputs keep their names; operators that are not understood stay as they are.
 """
 
 from __future__ import annotations
@@ -117,12 +117,14 @@ class Floats:
         return value
 
     def give(self, old: ir.Value, new: ir.Value) -> None:
-        """A float value in place of another one, under its name."""
+        """A float value in place of another one, under its name where it was made for it."""
         name, old.name = old.name, f"{old.name}/quantised"
         node = new.producer()
-        if node is None or not new.name or not new.name.startswith(f"{name}/") or new.is_graph_output():
-            new = self.make("Identity", [new])
-        new.name = name
+        fresh = node is not None and bool(new.name) and str(new.name).startswith(f"{name}/")
+        if not fresh and old.is_graph_output():
+            new, fresh = self.make("Identity", [new]), True
+        if fresh and not new.is_graph_output():
+            new.name = name
         if old.is_graph_output():
             new.type, new.shape = old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -65,11 +65,11 @@ def outputs_of(graph: OnnxGraph, feeds: dict[str, np.ndarray]) -> list[np.ndarra
 
 
 @pytest.mark.parametrize("four", [False, True])
-@pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+# the standard forbids lengths of an outer cache beside a cache of the operator's own
+@pytest.mark.parametrize(
+    ("form", "past"), [(form, past) for form in FORMS for past in (False, True) if not (past and "lengths" in form)]
+)
 def test_every_form_is_lowerable(form: str, past: bool, four: bool, tmp_path: Path) -> None:
-    if past and form.startswith("lengths"):
-        pytest.skip("the standard forbids lengths of an outer cache beside a cache of the operator's own")
     made, feeds = Made(), {"x": random(BATCH, TOKENS, WIDTH)}
     graph = made.graph(tmp_path, attention(made, form, past, four, feeds), opset=24)
     (site,) = recognise(graph).attention

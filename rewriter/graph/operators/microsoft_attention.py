@@ -202,14 +202,18 @@ def group_query_attention(
     keys, values = _written(past_key, k, at, total), _written(past_value, v, at, total)
     ends = last_index.long().reshape(-1, 1, 1) + 1
     scores = _group_scores(call, q, keys, at, ends, attention_bias)
-    if sink is not None or call.get("smooth_softmax", 0) > 0:
-        logits = torch.zeros(1, dtype=scores.dtype) if sink is None else sink.to(scores.dtype)
-        column = logits.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, -1)
+    weights = _with_sink(call, scores, sink)
     result = weights @ repeat_heads(values, heads)
     return merge_heads(result), keys, values
+
+
+def _with_sink(call: Call, scores: Tensor, sink: Tensor | None) -> Tensor:
+    """Softmax, with a logit per head beside the keys if there is one; a smooth softmax has zeros there."""
+    if sink is None and call.get("smooth_softmax", 0) <= 0:
+        return torch.softmax(scores, -1)
+    logits = torch.zeros(1, dtype=scores.dtype) if sink is None else sink.to(scores.dtype)
+    column = logits.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
 
 
 def _group_scores(call: Call, q: Tensor, keys: Tensor, at: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
