@@ -82,7 +82,9 @@ def _bare(
     dim = context.arrange(trace.value(context.name)).shape[-1]
     for value in reversed(_views_of(trace, context.name)):
         shape, view = trace.shape(value), view_between(trace, context.name, value)
-        for channels_first in (False, True) if view is not None and not view.offset.any() else ():
+        if view is None or view.offset.any():
+            continue
+        for channels_first in (False, True):
             fits = len(shape) >= 3 and shape[1 if channels_first else -1] == heads * dim
             if not fits or (len(shape) > 3 and not _same_tokens(trace, source, value, channels_first)):
                 continue
