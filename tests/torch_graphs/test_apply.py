@@ -20,6 +20,7 @@ from rewriter.core.passes_registry import discover
 from rewriter.graph.interpreter import Interpreter
 from rewriter.torch_graphs.apply import Rewritten
 from rewriter.torch_graphs.sites import TorchSites
+from tests.attention import exported
 from tests.torch_graphs.blocks import AUTO, WIDTH, built, in_form
 
 PRUNED = "head_pruning{keep=2}@layers.0.attention\nffn_pruning{width=24}@layers.0.feed_forward"
@@ -143,3 +144,22 @@ def test_what_cannot_be_done_is_said() -> None:
         rewriter.apply(sites, PRUNED, [(torch.ones(1, 2, WIDTH), torch.ones(1))])
     with pytest.raises(OptionError, match="number formats"):
         rewriter.apply(sites, "precision{dtype=int8}@layers.0.attention", _data())
+
+
+def test_a_hugging_face_model_with_keyword_inputs() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**exported.COMMON, num_labels=3, attn_implementation="sdpa")
+    model = exported.randomise(transformers.BertForSequenceClassification(config)).eval()
+    ids, mask = exported.tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, -2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    sites = rewriter.sites(model, kwargs=batch, dynamic_shapes={key: {0: AUTO, 1: AUTO} for key in batch})
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert sites.parameters(sites["layers.0.attention"])["query.weight"] == (name,)
+    made = rewriter.apply(sites, {"layers.0.attention": passes.HeadPruning.option(keep=3)}, [batch] * 4)
+    result = made.module(**batch)
+    assert result.logits.shape == model(**batch).logits.shape
+    assert made.module.get_parameter(name).shape == (18, 24)
+    assert made.names[name] == (name,)
