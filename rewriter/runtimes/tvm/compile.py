@@ -28,6 +28,7 @@ from rewriter.runtimes.tvm.specialise import specialise
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import Tiles
 from rewriter.runtimes.tvm.toolchain import compile_cuda, linker
+from rewriter.runtimes.tvm.widening import widen
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -60,6 +61,7 @@ def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Til
     for index, bucket in enumerate(shapes):
         program = specialise(written, bucket)
         if by_template:
+            widen(program)
             fuse(program)
         lowering = Lowering(program, target, kernels, parameters, chosen)
         arguments.append(lowering.lower(function_name(index), TABLE))

@@ -74,10 +74,17 @@ class Lowering:
             results = found if isinstance(found, (list, tuple)) else [found]
             for output, result in zip(node.outputs, results, strict=False):
                 if output:
-                    self.env[output] = self.builder.emit(result)
+                    self.env[output] = self._checked(node, output, self.builder.emit(result))
         except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
             # What Relax refuses (a dtype, a rank) is for the caller a node that this engine cannot run.
             raise self.unsupported(node, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+    def _checked(self, node: Node, name: str, result: Expression) -> Expression:
+        """The result, if it is of the shape and dtype that the interpreter found: else it was lowered wrongly."""
+        shape, dtype = tuple(int(size) for size in result.ty.shape.values), str(result.ty.dtype)
+        if (shape, dtype) != (self.shape(name), self.dtype(name)):
+            raise self.unsupported(node, f"it came out as {dtype} {shape}, not {self.dtype(name)} {self.shape(name)}")
+        return result
 
     def _variable(self, name: str) -> Expression:
         value = self.program.values[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from rewriter.core.errors import ModelError, OptionError, UnsupportedOperator
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, TensorSpec, reads
+from rewriter.graph.tensors import to_numpy
 from rewriter.runtimes.tvm.program import Node, Program, Value
 
 ENGINE = "TVM"
-_SHAPE_ONLY = frozenset({"Shape", "Size"})
+_SHAPE_ONLY = frozenset({"Shape", "Size", "EyeLike"})
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
@@ -75,13 +77,13 @@ def _example(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]], whole: int
     if not fits and spec.shape:
         raise OptionError(f"shape {shape} does not fit input {spec}", "Give as many sizes as the input has axes")
     sizes = tuple(int(size) for size in shape if size is not None)
-    if spec.dtype.kind == "f":
+    if spec.dtype.kind == "f" or spec.dtype == ml_dtypes.bfloat16:
         return np.random.default_rng(0).standard_normal(sizes).astype(spec.dtype)
     return np.ones(sizes, spec.dtype) if spec.dtype.kind == "b" else np.full(sizes, whole, spec.dtype)
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return np.asarray(value.detach().cpu().numpy()) if hasattr(value, "detach") else np.asarray(value)
+    return to_numpy(value) if hasattr(value, "detach") else np.asarray(value)
 
 
 def _static_names(graph: OnnxGraph) -> set[str]:

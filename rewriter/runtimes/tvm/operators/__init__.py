@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
-from rewriter.runtimes.tvm.operators import composites, elementwise, linear, movement, reductions, standard_attention
+from rewriter.runtimes.tvm.operators import (
+    activations,
+    composites,
+    convolution,
+    elementwise,
+    fused_forms,
+    linear,
+    movement,
+    normalisation,
+    reductions,
+    resizing,
+    rotary,
+    standard_attention,
+)
 from rewriter.runtimes.tvm.operators.registry import TABLE
 
-__all__ = ["TABLE", "composites", "elementwise", "linear", "movement", "reductions", "standard_attention"]
+__all__ = [
+    "TABLE",
+    "activations",
+    "composites",
+    "convolution",
+    "elementwise",
+    "fused_forms",
+    "linear",
+    "movement",
+    "normalisation",
+    "reductions",
+    "resizing",
+    "rotary",
+    "standard_attention",
+]

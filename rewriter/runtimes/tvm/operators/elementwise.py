@@ -31,6 +31,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "Add": op.add, "Sub": op.subtract, "Mul": op.multiply, "Equal": op.equal, "Less": op.less,
     "LessOrEqual": op.less_equal, "Greater": op.greater, "GreaterOrEqual": op.greater_equal, "And": op.logical_and,
     "Or": op.logical_or, "Xor": op.logical_xor, "BitwiseAnd": op.bitwise_and, "BitwiseOr": op.bitwise_or,
+    "BitwiseXor": op.bitwise_xor,
 }  # fmt: skip
 _PLAIN_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": op.nn.gelu, "gelu_tanh": op.nn.gelu_tanh, "silu": op.nn.silu, "relu": op.nn.relu, "tanh": op.tanh,
@@ -144,28 +145,27 @@ def _clip(lowering: Lowering, node: Node) -> Any:
 @lowers("Gelu")
 def _gelu(lowering: Lowering, node: Node) -> Any:
     approximate = node.attributes.get("approximate", "none") == "tanh"
-    return _activation(lowering, node, "gelu_tanh" if approximate else "gelu")
+    return activation_of(lowering, node, node.inputs[0], "gelu_tanh" if approximate else "gelu")
 
 
-@lowers("QuickGelu", "com.microsoft:QuickGelu", "com.microsoft:Gelu", "com.microsoft:FastGelu", "Swish")
+@lowers("QuickGelu", "com.microsoft:QuickGelu", "com.microsoft:Gelu", "Swish")
 def _named_activation(lowering: Lowering, node: Node) -> Any:
-    names = {"Gelu": "gelu", "FastGelu": "gelu_tanh", "Swish": "silu", "QuickGelu": "quick_gelu"}
+    names = {"Gelu": "gelu", "Swish": "silu", "QuickGelu": "quick_gelu"}
     if abs(float(node.attributes.get("alpha", 1.702 if node.op == "QuickGelu" else 1.0)) - 1.702) > 1e-6:
         if node.op == "QuickGelu":
             raise lowering.unsupported(node, "alpha other than 1.702")
         if node.op == "Swish" and float(node.attributes.get("alpha", 1.0)) != 1.0:
             raise lowering.unsupported(node, "alpha other than 1")
-    if node.op == "FastGelu" and node.input(1):
-        raise lowering.unsupported(node, "a bias")
-    return _activation(lowering, node, names[node.op])
+    return activation_of(lowering, node, node.inputs[0], names[node.op])
 
 
-def _activation(lowering: Lowering, node: Node, function: str) -> Any:
-    if not is_float32(lowering, node.inputs[0]):
-        raise lowering.unsupported(node, f"dtype {lowering.dtype(node.inputs[0])}")
-    if not by_template(lowering, node.inputs[0]):
-        return _PLAIN_ACTIVATIONS[function](lowering.value(node.inputs[0]))
-    return mapped_call(lowering, node.inputs[0], function)
+def activation_of(lowering: Lowering, node: Node, name: str, function: str) -> Any:
+    """A named activation of one value."""
+    if not is_float32(lowering, name):
+        raise lowering.unsupported(node, f"dtype {lowering.dtype(name)}")
+    if not by_template(lowering, name):
+        return _PLAIN_ACTIVATIONS[function](lowering.value(name))
+    return mapped_call(lowering, name, function)
 
 
 @lowers("LeakyRelu")

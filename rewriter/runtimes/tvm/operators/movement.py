@@ -128,7 +128,7 @@ def _scatter_nd(lowering: Lowering, node: Node) -> Any:
     return op.scatter_nd(data, indices, updates, "update" if reduction == "none" else reduction)
 
 
-@lowers("ScatterElements")
+@lowers("ScatterElements", "Scatter")
 def _scatter_elements(lowering: Lowering, node: Node) -> Any:
     reduction = str(node.attributes.get("reduction", "none"))
     data, indices, updates = (lowering.value(name) for name in node.inputs)
@@ -138,15 +138,38 @@ def _scatter_elements(lowering: Lowering, node: Node) -> Any:
 
 @lowers("Pad")
 def _pad(lowering: Lowering, node: Node) -> Any:
-    pads = lowering.constant(node, 1)
-    value, axes = lowering.constant(node, 2), lowering.constant(node, 3)
-    mode, rank = str(node.attributes.get("mode", "constant")), len(lowering.shape(node.inputs[0]))
-    if mode != "constant" or pads is None or axes is not None:
-        raise lowering.unsupported(node, f"mode {mode!r}, or pads for some axes only")
-    amounts = integers(pads)
-    pairs = [amount for axis in range(rank) for amount in (amounts[axis], amounts[axis + rank])]
-    fill = 0.0 if value is None else float(value.reshape(-1)[0])
-    return op.nn.pad(lowering.value(node.inputs[0]), pairs, "constant", fill)
+    pads, fill, axes = (lowering.constant(node, index) for index in (1, 2, 3))
+    amounts = integers(pads if pads is not None else node.attributes["pads"])
+    mode, shape = str(node.attributes.get("mode", "constant")), lowering.shape(node.inputs[0])
+    chosen = [axis % len(shape) for axis in (range(len(shape)) if axes is None else integers(axes))]
+    before, after = dict.fromkeys(range(len(shape)), 0), dict.fromkeys(range(len(shape)), 0)
+    before |= dict(zip(chosen, amounts[: len(chosen)], strict=True))
+    after |= dict(zip(chosen, amounts[len(chosen) :], strict=True))
+    if mode != "constant" or min(amounts, default=0) < 0:
+        return _padded_by_rows(lowering, node, mode, before, after)
+    pairs = [amount for axis in range(len(shape)) for amount in (before[axis], after[axis])]
+    value = float(node.attributes.get("value", 0.0)) if fill is None else fill.reshape(-1)[0].item()
+    kind = lowering.dtype(node.inputs[0])
+    if kind == "bool":  # Relax pads numbers only
+        whole = lowering.builder.emit(op.astype(lowering.value(node.inputs[0]), "int32"))
+        return op.astype(lowering.builder.emit(op.nn.pad(whole, pairs, "constant", int(value))), "bool")
+    return op.nn.pad(lowering.value(node.inputs[0]), pairs, "constant", float(value))
+
+
+def _padded_by_rows(lowering: Lowering, node: Node, mode: str, before: dict[int, int], after: dict[int, int]) -> Any:
+    """Edges, reflections and what is wrapped round: rows taken again, one axis after the other."""
+    kinds = {"edge": "edge", "reflect": "reflect", "wrap": "wrap"}
+    if mode not in kinds:
+        raise lowering.unsupported(node, f"mode {mode!r} with negative amounts")
+    x = lowering.value(node.inputs[0])
+    for axis, size in enumerate(lowering.shape(node.inputs[0])):
+        low, high = before[axis], after[axis]
+        if (low, high) == (0, 0):
+            continue
+        rows = np.pad(np.arange(size), (max(low, 0), max(high, 0)), mode=kinds[mode])  # type: ignore[call-overload]
+        rows = rows[max(-low, 0) : len(rows) - max(-high, 0)]
+        x = lowering.builder.emit(op.take(x, lowering.array(rows.astype(np.int64)), axis))
+    return x
 
 
 @lowers("Trilu")
@@ -174,3 +197,28 @@ def _one_hot(lowering: Lowering, node: Node) -> Any:
 
 def _plus(index: Any, size: int, kind: str) -> Any:
     return op.add(index, relax.const(size, kind))
+
+
+@lowers("DepthToSpace", "SpaceToDepth")
+def _blocks(lowering: Lowering, node: Node) -> Any:
+    """Channels to pixels, or back."""
+    n, c, h, w = lowering.shape(node.inputs[0])
+    size, x = int(node.attributes["blocksize"]), lowering.value(node.inputs[0])
+    if node.op == "SpaceToDepth":
+        parted = op.reshape(x, (n, c, h // size, size, w // size, size))
+        return op.reshape(op.permute_dims(parted, [0, 3, 5, 1, 2, 4]), lowering.shape(node.outputs[0]))
+    if str(node.attributes.get("mode", "DCR")) == "DCR":
+        turned = op.permute_dims(op.reshape(x, (n, size, size, c // size**2, h, w)), [0, 3, 4, 1, 5, 2])
+    else:
+        turned = op.permute_dims(op.reshape(x, (n, c // size**2, size, size, h, w)), [0, 1, 4, 2, 5, 3])
+    return op.reshape(turned, lowering.shape(node.outputs[0]))
+
+
+@lowers("TopK")
+def _top(lowering: Lowering, node: Node) -> Any:
+    """Equal numbers keep their order: the first of them comes first."""
+    axis, count = int(node.attributes.get("axis", -1)), lowering.constant(node, 1)
+    k = int(node.attributes["k"]) if count is None else int(count.reshape(-1)[0])
+    largest = bool(node.attributes.get("largest", 1))
+    found = lowering.builder.emit(op.topk(lowering.value(node.inputs[0]), k, axis, "both", largest, "int64"))
+    return [relax.TupleGetItem(found, 0), relax.TupleGetItem(found, 1)]

@@ -1,11 +1,11 @@
-"""Reductions, softmax, norms and generic products."""
+"""Reductions, softmax, norms over the last axes and generic products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from string import ascii_letters
 from typing import Any
 
-import numpy as np
 from tvm import relax
 
 from rewriter.runtimes.tvm.kernels.matmul import MatMul, make_matmul
@@ -22,8 +22,16 @@ _REDUCE: dict[str, Callable[[Any, Any, bool], Any]] = {
     "ReduceSumSquare": lambda x, axes, keep: op.sum(op.multiply(x, x), axes, keep),
     "ReduceL2": lambda x, axes, keep: op.sqrt(op.sum(op.multiply(x, x), axes, keep)),
     "ReduceL1": lambda x, axes, keep: op.sum(op.abs(x), axes, keep),
-    "ReduceLogSumExp": lambda x, axes, keep: op.log(op.sum(op.exp(x), axes, keep)),
+    "ReduceLogSum": lambda x, axes, keep: op.log(op.sum(x, axes, keep)),
+    "ReduceLogSumExp": lambda x, axes, keep: _log_sum_exp(x, axes, keep),
 }  # fmt: skip
+
+
+def _log_sum_exp(x: Any, axes: Any, keep: bool) -> Any:
+    """Without overflow: the largest number is taken out first."""
+    top = op.max(x, axes, True)
+    total = op.log(op.sum(op.exp(op.subtract(x, top)), axes, keep))
+    return op.add(total, top if keep else op.max(x, axes, False))
 
 
 def _reduce(lowering: Lowering, node: Node) -> Any:
@@ -51,12 +59,14 @@ def _arg(lowering: Lowering, node: Node) -> Any:
 
 @lowers("CumSum")
 def _cumsum(lowering: Lowering, node: Node) -> Any:
-    axis = lowering.constant(node, 1)
-    if int(node.attributes.get("reverse", 0)) or axis is None:
-        raise lowering.unsupported(node, "reverse=1")
+    given = lowering.constant(node, 1)
+    assert given is not None
+    axis, backwards = int(given.reshape(-1)[0]), bool(node.attributes.get("reverse", 0))
     exclusive = bool(node.attributes.get("exclusive", 0))
     x = lowering.value(node.inputs[0])
-    return op.cumsum(x, int(axis.reshape(-1)[0]), lowering.dtype(node.outputs[0]), exclusive)
+    x = lowering.builder.emit(op.flip(x, axis)) if backwards else x
+    total = op.cumsum(x, axis, lowering.dtype(node.outputs[0]), exclusive)
+    return op.flip(lowering.builder.emit(total), axis) if backwards else total
 
 
 @lowers("Softmax", "LogSoftmax")
@@ -77,7 +87,12 @@ def _softmax(lowering: Lowering, node: Node) -> Any:
     return op.reshape(function(op.reshape(x, (rows, -1)), -1), shape)
 
 
-@lowers("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@lowers(
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "com.microsoft:SimplifiedLayerNormalization",
+)
 def _norm(lowering: Lowering, node: Node) -> Any:
     shape = lowering.shape(node.inputs[0])
     axis = int(node.attributes.get("axis", -1)) % len(shape)
@@ -140,22 +155,27 @@ def _matmul(lowering: Lowering, node: Node) -> Any:
 
 @lowers("Einsum")
 def _einsum(lowering: Lowering, node: Node) -> Any:
-    subscripts = str(node.attributes["equation"]).replace(" ", "")
+    ranks = [len(lowering.shape(name)) for name in node.inputs]
+    subscripts = spelled_out(str(node.attributes["equation"]), ranks, len(lowering.shape(node.outputs[0])))
     return op.einsum([lowering.value(name) for name in node.inputs], subscripts)
 
 
-@lowers("InstanceNormalization")
-def _instance_norm(lowering: Lowering, node: Node) -> Any:
-    """Each channel of each sample by its own mean and variance: a layer norm over what follows the channels."""
-    shape = lowering.shape(node.inputs[0])
-    rows, count = (*shape[:2], 1), shape[2]
-    for size in shape[3:]:
-        count *= size
-    x = op.reshape(lowering.value(node.inputs[0]), (*shape[:2], count))
-    ones, zeros = (lowering.array(np.full(count, value, np.float32)) for value in (1.0, 0.0))
-    centred = op.nn.layer_norm(x, ones, zeros, [-1], float(node.attributes.get("epsilon", 1e-5)))
-    gain, bias = (op.reshape(lowering.value(name), (1, *rows[1:])) for name in node.inputs[1:3])
-    return op.reshape(op.add(op.multiply(centred, gain), bias), shape)
+def spelled_out(equation: str, ranks: Sequence[int], rank: int) -> str:
+    """An einsum's equation with a result, and with letters in place of ellipses."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    parts = terms.split(",")
+    free = [letter for letter in ascii_letters if letter not in terms]
+    if not arrow:
+        letters = terms.replace(",", "").replace(".", "")
+        once = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
+        result = ("..." if "..." in terms else "") + once
+
+    def written(part: str, axes: int) -> str:
+        axes -= len(part.replace(".", ""))
+        return part.replace("...", "".join(free[:axes][::-1]))
+
+    spelled = [written(part, axes) for part, axes in zip(parts, ranks, strict=True)]
+    return f"{','.join(spelled)}->{written(result, rank)}"
 
 
 @lowers("Gemm")
@@ -170,23 +190,3 @@ def _gemm(lowering: Lowering, node: Node) -> Any:
         return result
     c = lowering.value(node.inputs[2])
     return op.add(result, c if beta == 1.0 else op.multiply(c, relax.const(beta, dtype)))
-
-
-@lowers("Conv")
-def _conv(lowering: Lowering, node: Node) -> Any:
-    shape, weight = lowering.shape(node.inputs[0]), lowering.shape(node.inputs[1])
-    spatial = len(shape) - 2
-    if spatial not in (1, 2) or node.attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise lowering.unsupported(node, "other than one or two axes with explicit padding")
-    ones = [1] * spatial
-    form = {
-        "strides": integers(node.attributes.get("strides", ones)),
-        "padding": integers(node.attributes.get("pads", [0] * 2 * spatial)),
-        "dilation": integers(node.attributes.get("dilations", ones)),
-        "groups": int(node.attributes.get("group", 1)),
-    }
-    convolve = op.nn.conv1d if spatial == 1 else op.nn.conv2d
-    result = convolve(lowering.value(node.inputs[0]), lowering.value(node.inputs[1]), **form)
-    if not node.input(2):
-        return result
-    return op.add(result, op.reshape(lowering.value(node.inputs[2]), (1, weight[0], *ones)))
