@@ -22,6 +22,7 @@ from rewriter.attention.dequantise import dequantised, is_quantised
 from rewriter.attention.failures import named
 from rewriter.attention.feed_forward import raise_feed_forward
 from rewriter.attention.feeds import usable_feeds
+from rewriter.attention.identity import demoted
 from rewriter.attention.judge import Judge
 from rewriter.attention.native import Native
 from rewriter.attention.paths import Paths
@@ -107,7 +108,8 @@ def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: i
     judge = Judge(trace, second.feeds, seed, raise_site)
     sites, unrecognised = _judged(trace, judge)
     native = Native(graph, paths)
-    sites = [with_own_weights(site, trace.recipes, native.matrix) for site in judge.together(sites, third.feeds)]
+    together = _judged_together(judge, sites, third.feeds)
+    sites = [with_own_weights(site, trace.recipes, native.matrix) for site in together]
     attention = tuple(site for site in sites if isinstance(site, AttentionSite))
     feed_forward = tuple(site for site in sites if isinstance(site, FeedForwardSite))
     return Recognition(attention, feed_forward, unrecognised)
@@ -155,10 +157,27 @@ def _judged(trace: Trace, judge: Judge) -> tuple[list[RaisedSite], tuple[Unrecog
             unrecognised.append(Unrecognised(label(node), problem.refusal))
             continue
         if site is not None:
-            found.append(judge.judge(site, node))
+            found.append(_judged_alone(judge, site, node))
             judge.forget(before)
             before = trace.paths.index[id(node)]
     return _named(found), tuple(unrecognised)
+
+
+def _judged_alone(judge: Judge, site: RaisedSite, node: ir.Node) -> RaisedSite:
+    try:
+        with named(label(node)):
+            return judge.judge(site, node)
+    except Refused as problem:
+        return demoted(site, problem.refusal)
+
+
+def _judged_together(judge: Judge, sites: list[RaisedSite], feeds: Mapping[str, np.ndarray]) -> list[RaisedSite]:
+    """Nothing is lowerable where the check of the whole graph itself broke down."""
+    try:
+        with named("the whole graph"):
+            return judge.together(sites, feeds)
+    except Refused as problem:
+        return [demoted(site, problem.refusal) if site.state is State.LOWERABLE else site for site in sites]
 
 
 def _named(sites: list[RaisedSite]) -> list[RaisedSite]:

@@ -8,8 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from rewriter.attention.judge import Judge
 from rewriter.attention.recognise import recognise
+from rewriter.core.site import State
 from rewriter.graph.onnx import load
+from tests.attention import exported
 
 ONE = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
 YES = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
@@ -61,3 +64,18 @@ def test_vast_values_are_refused_where_they_arise(tmp_path: Path) -> None:
     nodes = [helper.make_node("Tile", ["x", "shape"], ["z"]), helper.make_node("Softmax", ["z"], ["y"])]
     (entry,) = found(tmp_path, nodes, [1, 2, 3], shape).unrecognised
     assert entry.refusal.code == "no-feeds"
+
+
+@pytest.mark.parametrize("step", ["judge", "together"])
+def test_a_check_that_breaks_down_takes_the_state_and_nothing_else(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Judge, step, broken)
+    sites = recognise(exported.vit()).sites
+    assert len(sites) == 4
+    for site in sites:
+        assert site.state is State.MAPPED
+        assert [(problem.code, problem.why) for problem in site.problems] == [
+            ("probe-failed", "RuntimeError: out of luck")
+        ]
