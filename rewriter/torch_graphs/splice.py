@@ -183,9 +183,19 @@ def _has_effects(node: fx.Node) -> bool:
     if node.op == "call_method" and str(node.target).endswith("_"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable) or "constrain" in str(node.target)
+        return (node.target._schema.is_mutable and not _writes_for_nobody(node)) or "constrain" in str(node.target)
     name = getattr(node.target, "__name__", "")
     return node.op == "call_function" and (name in ("setitem", "setattr") or "constrain" in name)
+
+
+def _writes_for_nobody(node: fx.Node) -> bool:
+    """Whether what an operator writes into is new memory that nothing else reads."""
+    written = node.args[0] if node.args else None
+    if not isinstance(written, fx.Node) or set(written.users) != {node}:
+        return False
+    if not isinstance(written.target, torch._ops.OpOverload):
+        return False
+    return all(result.alias_info is None for result in written.target._schema.returns)
 
 
 def _absorbed(translator: Translator, node: ir.Node) -> bool:

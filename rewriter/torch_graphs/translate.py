@@ -77,7 +77,8 @@ class Translator:
         graph = self.matches.bridge.graph
         array = constant_of(graph.value(name)) if graph.has(name) else None
         if array is not None:
-            return constant(array, name)
+            computed = self._unfolded(name, array)
+            return constant(array, name) if computed is None else self.proxy(computed)
         producer = self.matches.paths.producer.get(name)
         value = self._value(name)
         if producer is not None and not value.is_floating_point() and value.ndim <= 1:
@@ -91,6 +92,15 @@ class Translator:
         if producer is None:
             raise Refused("no-fx-node", f"no node of the fx graph computes {name!r}", (name,))
         return self._written(producer, name)
+
+    def _unfolded(self, name: str, array: np.ndarray) -> fx.Node | None:
+        """The fx node of a constant that the exporter made of parameters ahead of time."""
+        if array.dtype.kind != "f" or array.size <= 1 or name in self.parameters.known:
+            return None
+        if not parameter_names(self.matches.bridge.graph, self.parameters.known, name):
+            return None
+        node = self.matches.node(name)
+        return None if node is None or self.matches.order[node] >= self.end else self.current(node)
 
     def _written(self, producer: ir.Node, name: str) -> Term:
         self.write(producer)
@@ -122,8 +132,8 @@ class Translator:
         if len(names) == 1 and term.name in known:
             return self.proxy(self.parameters.keep(self.graph, names[0]))
         if names and term.array.dtype.kind == "f":
-            origin = Origin(names)
-            return self.proxy(self.parameters.node(self.graph, term.array.T, f"folded/{term.name}", origin)[0])
+            array = term.array.T if term.array.ndim == 2 else term.array  # matrices are stored the other way round
+            return self.proxy(self.parameters.node(self.graph, array, f"folded/{term.name}", Origin(names))[0])
         return self.proxy(self.parameters.buffer(self.graph, term.array, term.name))
 
     def weight(self, term: Constant) -> fx.Proxy:
