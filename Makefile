@@ -31,9 +31,10 @@ bench: $(VENV)/.demo $(BUILD)/minilm.onnx
 bench-inspect: $(VENV)/.demo
 	$(BIN)/python -m rewriter.benchmark.inspect_scale --layers 3,6,12,24,48
 
-# Every family by every exporter: what is recognised, here and by others. Exports are kept in build/matrix.
+# Every family by every exporter: what is recognised, here and by others. Exports and verdicts are kept in build/matrix,
+# so that a run goes on where it was stopped.
 matrix: $(VENV)/.test
-	$(BIN)/python -m models.matrix
+	$(BIN)/python -m models.matrix --summary build/matrix/summary.md
 
 $(BUILD)/minilm.onnx:
 	$(BIN)/python -m models minilm -o $(BUILD)
