@@ -92,6 +92,7 @@ class Program:
                 kept.append(node)
                 needed.update(name for name in node.inputs if name)
         self.nodes = kept[::-1]
-        self.values = {name: value for name, value in self.values.items() if name in needed or name in self.inputs}
+        needed.update(self.inputs, *(node.outputs for node in self.nodes))
+        self.values = {name: value for name, value in self.values.items() if name in needed}
         for node in self.nodes:
             assert all(name in self.values for name in node.inputs if name)

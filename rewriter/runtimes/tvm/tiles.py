@@ -40,10 +40,14 @@ class Tiles:
         return Tile(rows_for(vectors, self.target, spec.M), vectors, 4, 0, False)
 
     def flash(self, spec: Attention) -> FlashTile:
-        """The tile of an attention: 12 x 2 with 32 registers, and keys whole while the scores of a group fit in L1."""
+        """The tile of an attention: 12 x 2 with 32 registers, and keys whole while the scores of a group fit in L1.
+
+        A mask with rows of its own may hide whole blocks of keys, as causal ones do, so there blocks are smaller.
+        """
         rows = max(1, min(ACCUMULATORS[self.target.registers] // 2, spec.S))
         queries = rows * max(1, min(2, spec.S // rows))
-        return FlashTile(rows, 2, queries, 512 if spec.T <= 512 else 256)
+        parted = spec.bias is not None and spec.bias.shape[2] > 1 and spec.T >= 2 * 256
+        return FlashTile(rows, 2, queries, 512 if spec.T <= 512 and not parted else 256)
 
 
 def rows_for(vectors: int, target: Target, rows: int) -> int:

@@ -34,8 +34,19 @@ def run_kernel(
     function: Any, inputs: Sequence[np.ndarray], *outputs: tuple[int, ...], dtypes: Sequence[str] = ()
 ) -> list[np.ndarray]:
     """Outputs begin as garbage (7), so that what is not written is seen; they are float32 unless `dtypes` says so."""
+    return call_kernel(compile_kernel(function), inputs, *outputs, dtypes=dtypes)
+
+
+def compile_kernel(function: Any) -> Any:
+    """One template as a function."""
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    compiled = tvm.compile(module, target=tvm_target(target()))["kernel"]
+    return tvm.compile(module, target=tvm_target(target()))["kernel"]
+
+
+def call_kernel(
+    compiled: Any, inputs: Sequence[np.ndarray], *outputs: tuple[int, ...], dtypes: Sequence[str] = ()
+) -> list[np.ndarray]:
+    """As `run_kernel`, for what is compiled."""
     kinds = dtypes or ["float32"] * len(outputs)
     results = [tvm.runtime.tensor(np.full(shape, 7, kind)) for shape, kind in zip(outputs, kinds, strict=True)]
     compiled(*(tvm.runtime.tensor(array) for array in inputs), *results)

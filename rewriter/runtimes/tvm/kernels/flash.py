@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from rewriter.runtimes.tvm.kernels import emit, vectors
+from rewriter.runtimes.tvm.kernels import emit, skipping, vectors
 from rewriter.runtimes.tvm.kernels.attention import Attention, Operand, Tile, pick
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec
 from rewriter.runtimes.tvm.kernels.expressions import exp, tanh
@@ -79,6 +79,7 @@ class FlashWriter:
         self.acc = scratch((tile.rows * most, lanes), registers=True)
         self.work = scratch((4, lanes), registers=True)
         self.tail = scratch((lanes,), registers=True)
+        self.hidden = scratch((2, lanes), registers=True)
         self._pack_keys()
         self._pack_values()
         full, left = emit.split(self.a.S, tile.queries)
@@ -151,10 +152,17 @@ class FlashWriter:
         full, left = emit.split(self.a.T, self.keys)
         if full:
             with loop(full) as block:
-                self._block(first, count, block * self.keys, self.keys)
+                self._seen_block(first, count, block * self.keys, self.keys)
         if left:
-            self._block(first, count, full * self.keys, left)
+            self._seen_block(first, count, full * self.keys, left)
         self._write(first, count)
+
+    def _seen_block(self, first: Index, count: int, key: Index, keys: int) -> None:
+        if not skipping.can_skip(self):
+            self._block(first, count, key, keys)
+            return
+        with T.If(skipping.is_seen(self, first, count, key, keys)), T.Then():
+            self._block(first, count, key, keys)
 
     def _block(self, first: Index, count: int, key: Index, keys: int) -> None:
         for start, rows in self._row_tiles(count):
@@ -213,13 +221,14 @@ class FlashWriter:
         if self.a.softcap:
             score = splat(self.a.softcap, lanes) * tanh(score * splat(1.0 / self.a.softcap, lanes), lanes)
         if self.a.bias is not None:
-            bias = self._bias_vector(query, key, inside)
+            bias = self.bias_vector(query, key, inside)
             score = score + bias if self.a.bias.kind == "add" else T.Select(bias, score, low)
         if inside < lanes:
             score = T.Select(T.Ramp(T.int32(0), 1, lanes) < T.Broadcast(T.int32(inside), lanes), score, low)
         return score
 
-    def _bias_vector(self, query: Index, key: Index, inside: int) -> Expression:
+    def bias_vector(self, query: Index, key: Index, inside: int) -> Expression:
+        """The mask of one query and a vector of keys, of which the first `inside` exist."""
         assert self.a.bias is not None and self.M is not None
         b, h, s, t = self.a.bias.shape
         at = (self.batch * (h * s * t) if b > 1 else 0) + (self.head * (s * t) if h > 1 else 0)
