@@ -39,4 +39,4 @@ def in_the_open() -> Iterator[None]:
 
 
 def _refused(problem: Exception, node: str) -> Refused:
-    return Refused("probe-failed", f"{type(problem).__name__}: {problem}", (node,))
+    return Refused("probe-failed", f"it could not be probed ({type(problem).__name__}: {problem})", (node,))

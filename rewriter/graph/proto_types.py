@@ -19,7 +19,7 @@ _AGAIN = "Export the model again"
 
 
 def check_types(proto: onnx.ModelProto, file: Path) -> None:
-    """Raise `ModelError` for the first input that is no tensor, or attribute that is missing or of a wrong type."""
+    """Raise `ModelError` for the first input that is no tensor, and for operands and attributes missing or wrong."""
     weights = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:
         if value.name not in weights:
@@ -28,6 +28,7 @@ def check_types(proto: onnx.ModelProto, file: Path) -> None:
     for node in all_nodes(proto, functions=False):  # functions may import another version
         if node.domain in ("", "ai.onnx"):
             _check_attributes(node, opset, file)
+            _check_operands(node, opset, file)
 
 
 def check_texts(message: Any, file: Path) -> None:
@@ -77,6 +78,23 @@ def _check_attributes(node: onnx.NodeProto, opset: int, file: Path) -> None:
             raise ModelError(why, _AGAIN)
         if attribute.type != types[name]:
             raise ModelError(f"{file}: attribute {name!r} of node {label(node)} has a wrong type", _AGAIN)
+
+
+def _check_operands(node: onnx.NodeProto, opset: int, file: Path) -> None:
+    for place in _required_operands(node.op_type, opset):
+        if place >= len(node.input) or not node.input[place]:
+            raise ModelError(f"{file}: node {label(node)} ({node.op_type}) lacks its input {place}", _AGAIN)
+
+
+@cache
+def _required_operands(operator: str, opset: int) -> tuple[int, ...]:
+    """Places of the inputs that may not be left out; none for operators the standard does not have."""
+    try:
+        inputs = onnx.defs.get_schema(operator, opset, "").inputs
+    except onnx.defs.SchemaError:
+        return ()
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    return tuple(place for place, formal in enumerate(inputs) if formal.option == single)
 
 
 @cache

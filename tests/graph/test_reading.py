@@ -63,6 +63,8 @@ DAMAGE: list[tuple[Damage, str]] = [
     (lambda m: m.graph.sparse_initializer.add(), "has sparse weights"),
     (lambda m: m.graph.input[0].type.sequence_type.SetInParent(), "the input 'x' is not a tensor"),
     (lambda m: _set(m.graph.input[0].type.tensor_type, elem_type=0), "the input 'x' has no known dtype"),
+    (lambda m: m.graph.node[2].input.__setitem__(0, ""), r"\(Mul\) lacks its input 0"),
+    (lambda m: m.graph.node[2].input.pop(), r"\(Mul\) lacks its input 1"),
     (lambda m: _node_type(m, "Cast"), r"node 'a' \(Cast\) lacks its attribute 'to'"),
     (lambda m: _node_type(m, "Cast", helper.make_attribute("to", "float")), "'to' of node 'a' has a wrong type"),
     (lambda m: _node_type(m, "Relu", helper.make_attribute("to", 1)), "has the attribute 'to', unknown in opset 17"),
