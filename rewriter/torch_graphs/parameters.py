@@ -72,7 +72,8 @@ class Parameters:
             for turned in (True, False) if array.ndim == 2 else (False,):
                 if _equal(self.known[name], array.T if turned else array):
                     return Origin((name,), True, turned)
-        return Origin(near if role.endswith(".weight") else ())
+        packed = tuple(name for name in near if _holds(self.known[name], array))
+        return Origin(near if role.endswith(".weight") else packed[:1])
 
     def node(self, graph: fx.Graph, array: np.ndarray, role: str, origin: Origin | None) -> tuple[fx.Node, bool]:
         """The node of a weight given as ONNX has it, and whether it is stored the other way round."""
@@ -173,6 +174,13 @@ def _equal(tensor: Tensor, array: np.ndarray) -> bool:
     if tuple(tensor.shape) != array.shape or not tensor.is_floating_point():
         return False
     return bool(torch.equal(tensor.detach(), to_torch(np.array(array)).to(tensor.dtype)))
+
+
+def _holds(tensor: Tensor, array: np.ndarray) -> bool:
+    """Whether a longer vector holds all numbers of a vector: a packed bias."""
+    if tensor.ndim != 1 or array.ndim != 1 or tensor.numel() <= array.size or not tensor.is_floating_point():
+        return False
+    return bool(torch.isin(to_torch(np.array(array)).to(tensor.dtype), tensor.detach()).all())
 
 
 def _name(origin: Origin, role: str) -> str:
