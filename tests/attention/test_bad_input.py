@@ -77,5 +77,5 @@ def test_a_check_that_breaks_down_takes_the_state_and_nothing_else(step: str, mo
     for site in sites:
         assert site.state is State.MAPPED
         assert [(problem.code, problem.why) for problem in site.problems] == [
-            ("probe-failed", "RuntimeError: out of luck")
+            ("probe-failed", "it could not be probed (RuntimeError: out of luck)")
         ]
