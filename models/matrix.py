@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Export what is missing, recognise, compare, print; optionally write the tests' packs."""
     options = _options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.tvm:
+        return _through_tvm(options)
     variants = [name for name in options.variants.split(",") if name]
     chosen = list(cells(variants, [name for name in options.families.split(",") if name]))
     rows: list[Row] = []
@@ -47,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _through_tvm(options: argparse.Namespace) -> int:
+    """1 if a graph was computed wrongly or a process was lost; operators that TVM cannot run are only listed."""
+    from models.tvm_matrix import run, table
+
+    found = run(options.output, [name for name in options.families.split(",") if name])
+    written = table(found.items())
+    print("\n" + written)
+    if options.summary is not None:
+        options.summary.write_text(written)
+    return int(any(coverage.verdict in ("wrong", "failed") for coverage in found.values()))
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.matrix", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("build/matrix"), help="where exports are kept")
@@ -55,6 +69,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours", action="store_true", help="leave the other recognisers out")
     parser.add_argument("--summary", type=Path, help="also write the summary table into this file")
     parser.add_argument("--pack", type=Path, help="also write packs for the tests into this folder")
+    parser.add_argument("--tvm", action="store_true", help="instead, run the graphs of the tests' packs with TVM")
     return parser.parse_args(arguments)
 
 

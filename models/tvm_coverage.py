@@ -32,8 +32,8 @@ class Coverage:
     detail: str = ""
 
 
-def check(path: Path, sizes: int = 2) -> Coverage:
-    """Recognise, lower, build and compare one graph at `sizes` sets of shapes."""
+def check(path: Path, rounds: Sequence[int] = (0, 1)) -> Coverage:
+    """Recognise, lower, build and compare one graph at sets of shapes; masks are hostile in all but the first."""
     from rewriter.attention.feeds import usable_feeds
     from rewriter.attention.lower import float_dtype, lower
     from rewriter.attention.paths import Paths
@@ -49,7 +49,7 @@ def check(path: Path, sizes: int = 2) -> Coverage:
     runs = usable_feeds(drawn(graph, paths), paths, None, 7, problems)
     if runs is None:
         return Coverage("failed", len(sites), detail=f"no feeds: {problems[-1]}")
-    feeds = _different([run.feeds for run in runs][:sizes])
+    feeds = _different([runs[number].feeds for number in rounds])
     try:
         results = run_with_tvm(lower(graph, sites), feeds)
     except UnsupportedOperator as problem:
@@ -60,9 +60,27 @@ def check(path: Path, sizes: int = 2) -> Coverage:
     for number, (fed, actual) in enumerate(zip(feeds, results, strict=True)):
         for name, expected in reference(graph, path, fed).items():
             found = difference(expected, actual[name])
-            if not found <= worst:
+            if found > limit and no_worse(graph, fed, name, expected, actual[name]):
+                continue
+            if found > worst:
                 worst, where = found, f"output {name} at size {number + 1}"
     return Coverage("ok" if worst <= limit else "wrong", len(sites), worst, "" if worst <= limit else where)
+
+
+def no_worse(graph: Any, feeds: dict[str, Any], name: str, expected: Any, actual: Any) -> bool:
+    """Whether double precision says that ours is about as right as ONNX Runtime's.
+
+    Rows whose keys are all hidden by a large negative number give what digits of single precision are left.
+    """
+    import torch
+
+    from rewriter.graph.interpreter import Interpreter
+
+    if expected.dtype.kind != "f" or expected.shape != actual.shape:
+        return False
+    exact = Interpreter(graph, torch.float64).run(feeds)[name].numpy()
+    theirs, ours = (difference(exact, found.astype(np.float64)) for found in (expected, actual))
+    return bool(ours <= 2 * theirs < np.inf)
 
 
 def reference(graph: Any, path: Path, feeds: dict[str, Any]) -> dict[str, Any]:

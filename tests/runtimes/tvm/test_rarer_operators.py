@@ -21,9 +21,12 @@ FEEDS: dict[str, np.ndarray] = {
     "line": numbers(2, 4, 9, seed=4), "cube": numbers(1, 2, 5, 4, 6, seed=5),
     "heads": numbers(2, 4, 3, 8, seed=6), "ids": np.array([[1, 5, 2], [0, 3, 4]], np.int64),
     "i": np.array([[3, 3, 1], [2, 5, 5]], np.int64), "flag": np.array([[True, False], [False, True]]),
-    "left": numbers(2, 5, 4, seed=7), "right": numbers(2, 3, 4, seed=8),
+    "x2": numbers(3, 6, seed=9), "at": np.array([[0, -1], [-6, 5], [2, -3]], np.int64), "upd": numbers(3, 2, seed=10),
+    "points": np.array([[1, -1], [-2, 0]], np.int64), "new": numbers(2, 8, seed=10),
+    "inner": np.array([[-1], [1]], np.int64), "left": numbers(2, 5, 4, seed=7), "right": numbers(2, 3, 4, seed=8),
 }  # fmt: skip
 CONSTANTS: dict[str, np.ndarray] = {
+    "known": np.array([[-1, 0], [0, -2]]),
     "row": numbers(8, seed=11), "gain": numbers(8, seed=12), "beta": numbers(8, seed=13),
     "kernel": numbers(6, 2, 3, 3, seed=14), "back": numbers(4, 3, 3, 3, seed=15), "back1": numbers(4, 3, 4, seed=16),
     "kernel3": numbers(3, 2, 2, 2, 3, seed=17), "kernel1": numbers(4, 4, 3, seed=18), "b3": numbers(3, seed=19),
@@ -45,6 +48,11 @@ ACTIVATIONS: list[Case] = [
     ("ReduceLogSumExp", ("x", "last"), {"keepdims": 0}), ("CumSum", ("x", "one"), {"reverse": 1}),
     ("CumSum", ("i", "one"), {"reverse": 1, "exclusive": 1}), ("TopK", ("x", "k"), {}),
     ("TopK", ("i", "k"), {"largest": 0, "axis": 1}), ("EyeLike", ("i",), {"k": 1, "dtype": 1}),
+]  # fmt: skip
+INDICES: list[Case] = [  # some from the end
+    ("GatherElements", ("x2", "at"), {"axis": 1}), ("ScatterElements", ("x2", "at", "upd"), {"axis": 1}),
+    ("GatherND", ("x", "points"), {}), ("ScatterND", ("x", "points", "new"), {}),
+    ("GatherND", ("x", "inner"), {"batch_dims": 1}), ("ScatterND", ("x", "known", "new"), {"reduction": "add"}),
 ]  # fmt: skip
 IMAGES: list[Case] = [
     ("Conv", ("image", "kernel"), {"group": 2, "auto_pad": "SAME_UPPER", "strides": [2, 2]}),
@@ -97,9 +105,7 @@ def graph(cases: list[Case], opset: int, domain: str = "", feeds: Mapping[str, n
     return OnnxGraph(ir.from_proto(helper.make_model(made, opset_imports=opsets, ir_version=9 if opset < 23 else 11)))
 
 
-@pytest.mark.parametrize(
-    ("cases", "domain"), [(ACTIVATIONS, ""), (IMAGES, ""), (FUSED, MICROSOFT)], ids=["activations", "images", "fused"]
-)
+@pytest.mark.parametrize(("cases", "domain"), [(ACTIVATIONS, ""), (INDICES, ""), (IMAGES, ""), (FUSED, MICROSOFT)])
 def test_operators_agree_with_the_interpreter(cases: list[Case], domain: str) -> None:
     model = graph(cases, 20, domain)
     assert_same(model, {spec.name: FEEDS[spec.name] for spec in model.inputs}, 3e-5)

@@ -109,30 +109,53 @@ def _gather_rows(lowering: Lowering, node: Node) -> Any:
     return taken if len(rest) == 1 else op.reshape(lowering.builder.emit(taken), lowering.shape(node.outputs[0]))
 
 
+def _within(lowering: Lowering, name: str, sizes: np.ndarray) -> Any:
+    """Indices from the front, and inside: what lies outside would be read or written beyond the tensor."""
+    known = lowering.program.constant(name)
+    if known is not None:
+        return lowering.array(np.clip(np.where(known < 0, known + sizes, known), 0, sizes - 1).astype(known.dtype))
+    kind, emit, x = lowering.dtype(name), lowering.builder.emit, lowering.value(name)
+    whole, zero = (relax.const(np.asarray(value, kind), kind) for value in (sizes, np.zeros_like(sizes)))
+    last = relax.const(np.asarray(sizes - 1, kind), kind)
+    front = emit(op.where(emit(op.less(x, zero)), emit(op.add(x, whole)), x))
+    return emit(op.minimum(emit(op.maximum(front, zero)), last))
+
+
+def _elements(lowering: Lowering, node: Node) -> tuple[Any, int]:
+    """(indices, axis) of an operator that takes elements along one axis."""
+    axis, shape = int(node.attributes.get("axis", 0)), lowering.shape(node.inputs[0])
+    return _within(lowering, node.inputs[1], np.asarray(shape[axis % len(shape)])), axis
+
+
+def _points(lowering: Lowering, node: Node, first: int = 0) -> Any:
+    """Indices of an operator whose last axis of indices is a point in the leading axes from `first` on."""
+    count = lowering.shape(node.inputs[1])[-1]
+    return _within(lowering, node.inputs[1], np.asarray(lowering.shape(node.inputs[0])[first : first + count]))
+
+
 @lowers("GatherElements")
 def _gather_elements(lowering: Lowering, node: Node) -> Any:
-    x, indices = (lowering.value(name) for name in node.inputs)
-    return op.gather_elements(x, indices, int(node.attributes.get("axis", 0)))
+    return op.gather_elements(lowering.value(node.inputs[0]), *_elements(lowering, node))
 
 
 @lowers("GatherND")
 def _gather_nd(lowering: Lowering, node: Node) -> Any:
-    x, indices = (lowering.value(name) for name in node.inputs)
-    return op.gather_nd(x, indices, int(node.attributes.get("batch_dims", 0)))
+    batch = int(node.attributes.get("batch_dims", 0))
+    return op.gather_nd(lowering.value(node.inputs[0]), _points(lowering, node, batch), batch)
 
 
 @lowers("ScatterND")
 def _scatter_nd(lowering: Lowering, node: Node) -> Any:
     reduction = str(node.attributes.get("reduction", "none"))
-    data, indices, updates = (lowering.value(name) for name in node.inputs)
-    return op.scatter_nd(data, indices, updates, "update" if reduction == "none" else reduction)
+    data, updates = lowering.value(node.inputs[0]), lowering.value(node.inputs[2])
+    return op.scatter_nd(data, _points(lowering, node), updates, "update" if reduction == "none" else reduction)
 
 
 @lowers("ScatterElements", "Scatter")
 def _scatter_elements(lowering: Lowering, node: Node) -> Any:
     reduction = str(node.attributes.get("reduction", "none"))
-    data, indices, updates = (lowering.value(name) for name in node.inputs)
-    axis = int(node.attributes.get("axis", 0))
+    data, updates = lowering.value(node.inputs[0]), lowering.value(node.inputs[2])
+    indices, axis = _elements(lowering, node)
     return op.scatter_elements(data, indices, updates, axis, "update" if reduction == "none" else reduction)
 
 
