@@ -50,6 +50,7 @@ class Lowering:
         self.parameters, self.tiles, self.builder = parameters, tiles, kernels.builder
         self.lanes, self.threads = target.vector_floats, target.threads
         self.env: dict[str, Expression] = {}
+        self.read = frozenset(program.uses())
         self.used: dict[str, Expression] = {}
         self.rounded: dict[tuple[str, str], list[Expression]] = {}  # values in a number format, by name and format
 
@@ -73,7 +74,7 @@ class Lowering:
             found = table[node.key](self, node)
             results = found if isinstance(found, (list, tuple)) else [found]
             for output, result in zip(node.outputs, results, strict=False):
-                if output:
+                if output and result is not None:
                     self.env[output] = self._checked(node, output, self.builder.emit(result))
         except (TypeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
             # What Relax refuses (a dtype, a rank) is for the caller a node that this engine cannot run.
@@ -125,6 +126,10 @@ class Lowering:
         if array is None:
             raise self.unsupported(node, f"input {index} ({name}) decides shapes but depends on the data")
         return array
+
+    def wants(self, node: Node, *indices: int) -> bool:
+        """Whether anybody reads one of these outputs; exporters name outputs that nobody reads."""
+        return any(node.outputs[index] in self.read for index in indices if index < len(node.outputs))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a value."""

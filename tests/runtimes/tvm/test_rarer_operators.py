@@ -22,6 +22,7 @@ FEEDS: dict[str, np.ndarray] = {
     "heads": numbers(2, 4, 3, 8, seed=6), "ids": np.array([[1, 5, 2], [0, 3, 4]], np.int64),
     "i": np.array([[3, 3, 1], [2, 5, 5]], np.int64), "flag": np.array([[True, False], [False, True]]),
     "x2": numbers(3, 6, seed=9), "at": np.array([[0, -1], [-6, 5], [2, -3]], np.int64), "upd": numbers(3, 2, seed=10),
+    "kept": np.array([[1, 1, 0], [1, 1, 1]], np.int32),
     "points": np.array([[1, -1], [-2, 0]], np.int64), "new": numbers(2, 8, seed=10),
     "inner": np.array([[-1], [1]], np.int64), "left": numbers(2, 5, 4, seed=7), "right": numbers(2, 3, 4, seed=8),
 }  # fmt: skip
@@ -80,17 +81,21 @@ FUSED: list[Case] = [
     ("SkipSimplifiedLayerNormalization", ("x", "y", "gain"), {}), ("FastGelu", ("x", "row"), {}),
     ("FusedMatMul", ("left", "right"), {"transB": 1, "alpha": 0.5}),
     ("EmbedLayerNormalization", ("ids", "", "words", "places", "", "gain", "beta"), {}),
+    ("EmbedLayerNormalization", ("ids", "ids", "words", "places", "words", "gain", "beta", "kept"), {}),
 ]  # fmt: skip
-SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+SUMS = ("/unread", "//unread", "/sum")
+FURTHER = {"TopK": ("/places",), "EmbedLayerNormalization": ("/lengths", "/sum")} | dict.fromkeys(
+    ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), SUMS
+)
 
 
 def graph(cases: list[Case], opset: int, domain: str = "", feeds: Mapping[str, np.ndarray] = FEEDS) -> OnnxGraph:
     nodes, outputs = [], []
     for index, (op, inputs, attributes) in enumerate(cases):
         names = [f"{op}_{index}"]
-        names += [f"{op}_{index}b"] if op == "TopK" else ["", "", f"{op}_{index}s"] if op in SUMS else []
+        names += [f"{op}_{index}{part}" for part in FURTHER.get(op, ())]
         nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
-        outputs += [name for name in names if name]
+        outputs += [name for name in names if not name.endswith("unread")]
     used = {name for node in nodes for name in node.input}
     infos = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)

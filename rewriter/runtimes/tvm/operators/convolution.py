@@ -58,7 +58,7 @@ def _with_bias(lowering: Lowering, node: Node, result: Any, axes: int) -> Any:
 @lowers("MaxPool", "AveragePool")
 def _pool(lowering: Lowering, node: Node) -> Any:
     kernel = tuple(integers(node.attributes["kernel_shape"]))
-    if len(kernel) not in _POOLS[node.op] or any(node.outputs[1:]):
+    if len(kernel) not in _POOLS[node.op] or lowering.wants(node, 1):
         raise lowering.unsupported(node, "over more than three axes, or with indices")
     form: dict[str, Any] = {**_steps(lowering, node, kernel), "ceil_mode": bool(node.attributes.get("ceil_mode", 0))}
     if node.op == "AveragePool":

@@ -31,14 +31,14 @@ def _skip_norm(lowering: Lowering, node: Node) -> Any:
     kind = "layer" if node.op == "SkipLayerNormalization" else "rms"
     x, skip, gain = node.inputs[:3]
     beta, bias = (node.input(3), node.input(4)) if kind == "layer" else ("", node.input(3))
-    if any(node.outputs[1:3]):
+    if lowering.wants(node, 1, 2):
         raise lowering.unsupported(node, "mean and deviation as outputs")
     if lowering.shape(skip) != lowering.shape(x):
         wide = op.broadcast_to(lowering.value(skip), lowering.shape(x))
         skip = _named(lowering, wide, node.outputs[0], "skip")
     if bias:
         x = _named(lowering, op.add(lowering.value(x), lowering.value(bias)), node.outputs[0])
-    epsilon, keep = float(node.attributes.get("epsilon", 1e-12)), len(node.outputs) > 3 and bool(node.outputs[3])
+    epsilon, keep = float(node.attributes.get("epsilon", 1e-12)), lowering.wants(node, 3)
     found = norm_call(lowering, kind, epsilon, x, skip, gain, beta, keep)
     return [found[0], None, None, found[1]] if keep else found
 
@@ -47,8 +47,6 @@ def _skip_norm(lowering: Lowering, node: Node) -> Any:
 def _embed_norm(lowering: Lowering, node: Node) -> Any:
     """Inputs ids, segments, words, places, segment table, gain, beta, mask, positions."""
     ids, segments, words, places, table, gain, beta, mask, positions = (node.input(index) for index in range(9))
-    if any(node.outputs[2:]) or (len(node.outputs) > 1 and node.outputs[1] and mask):
-        raise lowering.unsupported(node, "the sum, or lengths by a mask, as outputs")
     batch, tokens = lowering.shape(ids)
     rows = lowering.value(positions) if positions else lowering.array(np.arange(tokens, dtype=np.int64)[None])
     total = op.add(op.take(lowering.value(words), lowering.value(ids), 0), op.take(lowering.value(places), rows, 0))
@@ -56,7 +54,8 @@ def _embed_norm(lowering: Lowering, node: Node) -> Any:
         total = op.add(total, op.take(lowering.value(table), lowering.value(segments), 0))
     name = _named(lowering, total, node.outputs[0])
     result = norm_call(lowering, "layer", float(node.attributes.get("epsilon", 1e-12)), name, "", gain, beta)
-    return [result, relax.const(np.zeros(batch, np.int32))]
+    lengths = op.sum(lowering.value(mask), [1]) if mask else relax.const(np.zeros(batch, np.int32))
+    return [result, op.astype(lengths, "int32"), lowering.env[name]]
 
 
 @lowers("com.microsoft:FusedMatMul")

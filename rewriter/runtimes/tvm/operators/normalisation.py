@@ -40,7 +40,7 @@ def _per_channel(lowering: Lowering, name: str, channels: int, rank: int) -> Any
 @lowers("BatchNormalization")
 def _batch_norm(lowering: Lowering, node: Node) -> Any:
     """With recorded statistics."""
-    if int(node.attributes.get("training_mode", 0)) or any(node.outputs[1:]):
+    if int(node.attributes.get("training_mode", 0)) or lowering.wants(node, *range(1, 5)):
         raise lowering.unsupported(node, "training mode")
     shape = lowering.shape(node.inputs[0])
     gain, bias, mean, variance = (_per_channel(lowering, name, shape[1], len(shape)) for name in node.inputs[1:5])

@@ -96,7 +96,7 @@ def _softmax(lowering: Lowering, node: Node) -> Any:
 def _norm(lowering: Lowering, node: Node) -> Any:
     shape = lowering.shape(node.inputs[0])
     axis = int(node.attributes.get("axis", -1)) % len(shape)
-    if any(node.outputs[1:]):
+    if lowering.wants(node, 1, 2):
         raise lowering.unsupported(node, "outputs beyond the first")
     kind = "layer" if node.op == "LayerNormalization" else "rms"
     epsilon = float(node.attributes.get("epsilon", 1e-5))

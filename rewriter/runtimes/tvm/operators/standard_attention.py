@@ -19,7 +19,7 @@ op = relax.op
 @lowers("Attention")
 def _attention(lowering: Lowering, node: Node) -> Any:
     """With masks, causality, windows and a cache of past keys and values, in any combination."""
-    if node.input(6) or any(node.outputs[3:]):
+    if node.input(6) or lowering.wants(node, 3):
         raise lowering.unsupported(node, "lengths of keys, or scores as output")
     if not all(is_float32(lowering, name) for name in node.inputs[:3]):
         raise lowering.unsupported(node, "other than float32")
@@ -28,7 +28,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
     counts = (node.attributes.get("q_num_heads", 0), *[node.attributes.get("kv_num_heads", 0)] * 2)
     shapes = [lowering.shape(name) for name in node.inputs[:3]]
     past, present = 0, []
-    if node.input(4) or any(node.outputs[1:]):
+    if node.input(4) or lowering.wants(node, 1, 2):
         past, values, shapes = _with_past(lowering, node, values, shapes, int(counts[1]))
         present = values[1:]
     query, key, value = (attention.Operand.of(shape, int(heads)) for shape, heads in zip(shapes, counts, strict=True))
