@@ -48,7 +48,8 @@ def _is_the_identity_in_fx(found: TorchSites) -> None:
     args, kwargs = found.bridge.example
     with torch.no_grad():
         expected, actual = found.bridge.host(*args, **kwargs), made.module(*args, **kwargs)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
+    # of its scale: float32 itself is that far from float64 in the deepest of these
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
     left = {node.name for node in made.module.graph.nodes}
     cores = [name for site in found.recognition.attention for name in found.fx_nodes(site)]
     assert not {name for name in cores if "softmax" in name or "bmm" in name} & left
