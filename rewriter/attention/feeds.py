@@ -14,6 +14,7 @@ from itertools import permutations
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.attention.float_masks import is_float_mask, softened
 from rewriter.attention.lengths import draw_lengths, length_of, table_of
 from rewriter.attention.paths import Paths
 from rewriter.attention.sizes import Sizes
@@ -49,7 +50,7 @@ class Roles:
 
 
 def roles(graph: OnnxGraph) -> Roles:
-    """Follow every integer or boolean input to the tables it indexes."""
+    """Follow every input to what it is used for: tables it indexes, scores it hides."""
     consumers: dict[str, list[ir.Node]] = {}
     for node in graph.topological():
         for value in node.inputs:
@@ -66,7 +67,7 @@ def roles(graph: OnnxGraph) -> Roles:
                 limits[spec.name] = min(sizes)
             else:
                 masks.add(spec.name)
-        elif spec.dtype.kind == "b":
+        elif spec.dtype.kind == "b" or is_float_mask(graph, consumers, spec.name):
             masks.add(spec.name)
     return Roles(limits, frozenset(masks), lengths)
 
@@ -321,11 +322,12 @@ def _cut(spec: TensorSpec, array: Array, shape: tuple[int, ...], known: Roles, h
 
 
 def _mask(spec: TensorSpec, shape: tuple[int, ...], hostile: bool) -> Array:
-    """A mask input. Nobody says whether True means to attend, so every second item of a boolean one is inverted."""
+    """A mask input. Nobody says whether True means to attend, so every second item of a boolean one is inverted;
+    nor that real ones are 0 or 1."""
     mask = pad_mask(shape, hostile).astype(spec.dtype)
     if mask.dtype == np.bool_ and mask.ndim > 1:
         mask[1::2] = ~mask[1::2]
-    return mask
+    return softened(mask) if hostile and mask.dtype.kind == "f" else mask
 
 
 def pad_mask(shape: tuple[int, ...], hostile: bool) -> Array:

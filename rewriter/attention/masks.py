@@ -22,7 +22,7 @@ def classify(offset_BHST: Array) -> tuple[Mask, bool, bool]:
     finite = np.where(np.isfinite(offset_BHST), offset_BHST, -np.inf)
     top = finite.max(-1, keepdims=True)
     allowed = finite >= np.where(np.isfinite(top), top, 0.0) - HARD
-    soft = bool(np.ptp(np.where(allowed, finite, np.nan)[allowed]) > 1e-9) if allowed.any() else False
+    soft = _varies(finite, top, allowed)
     widest = int(np.argmax(allowed.sum((1, 2, 3))))
     structure = allowed[widest, 0]
     if not (allowed[widest] == structure).all():
@@ -41,3 +41,10 @@ def classify(offset_BHST: Array) -> tuple[Mask, bool, bool]:
     if (structure == ((distance >= 0) & (distance <= reach))).all():
         return "window", True, soft
     return "opaque", False, soft
+
+
+def _varies(finite: Array, top: Array, allowed: Array) -> bool:
+    """Whether what is added to the scores of a query tells its keys apart, where it hides none of them."""
+    known = np.where(np.isfinite(top), top, 0.0)
+    below = np.where(allowed, known - np.where(allowed, finite, known), 0.0)
+    return bool((below > 1e-9 + 4 * np.spacing(np.abs(known))).any())

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.anchors import Anchor, softmax_anchor, surroundings
+from rewriter.attention.anchors import SOFTMAXES, Anchor, softmax_anchor, surroundings
 from rewriter.attention.cores import Core, assemble, raise_operands, values_product
 from rewriter.attention.folding import in_item_order
 from rewriter.attention.fused import is_fused, read_fused
@@ -19,6 +19,7 @@ from rewriter.attention.rough import rough_site
 from rewriter.attention.scores import ScoreFunction, bias_in_order, read_bias, read_scores, read_shares, tidy
 from rewriter.attention.softmaxes import mixing_weights
 from rewriter.attention.trace import Trace, close, label, outputs_of
+from rewriter.attention.written_out import refuse_written_out
 from rewriter.core.refusal import Refusal, Refused
 from rewriter.core.site import Array, AttentionSite
 
@@ -31,6 +32,8 @@ def raise_softmax(trace: Trace, node: ir.Node) -> AttentionSite | None:
     """
     around = surroundings(trace, node)
     if around is None:
+        if not node.domain and node.op_type in SOFTMAXES and outputs_of(node):
+            refuse_written_out(trace, node)
         return None
     try:
         core, raised = _understood(trace, softmax_anchor(trace, around))
