@@ -23,11 +23,28 @@ def write_model(model: ir.Model, path: Path, external_above_bytes: int) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with quiet_onnx_ir():
+            model = _described_in_full(model)
             if _weight_bytes(model) > external_above_bytes:
                 return _write_external(model, path)
             return _write_single(model, path)
     except OSError as problem:
         raise OutputError(f"cannot write {path}: {problem.strerror or problem}", "Choose another place") from problem
+
+
+def _described_in_full(model: ir.Model) -> ir.Model:
+    """The same model without notes on values of no known type: they would be written as descriptions without one."""
+
+    def bare(one: ir.Model) -> list[ir.Value]:
+        values = [value for graph in one.graphs() for node in graph for value in node.outputs]
+        return [value for value in values if value.type is None and (value.metadata_props or value.doc_string)]
+
+    if not bare(model):
+        return model
+    copy = model.clone()
+    for value in bare(copy):
+        value.metadata_props.clear()
+        value.doc_string = None
+    return copy
 
 
 def _weight_bytes(model: ir.Model) -> int:

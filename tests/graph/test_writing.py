@@ -82,3 +82,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         graph.save(tmp_path / "file" / "model.onnx")
+
+
+def test_notes_on_values_of_unknown_type_are_left_out(tmp_path: Path) -> None:
+    graph = load(written(tmp_path, proto_of()))
+    value = next(value for node in graph.topological() for value in node.outputs if not value.is_graph_output())
+    value.type = value.shape = None
+    value.metadata_props["note"] = "from an exporter"
+    saved = onnx.load(graph.save(tmp_path / "again.onnx"))
+    assert value.name not in [entry.name for entry in saved.graph.value_info]
+    assert value.metadata_props
