@@ -110,14 +110,20 @@ class Judge:
             why = f"only with holes, left padding or fully masked rows: {problem.why}"
             problem = Refusal("identity-under-masks", why, problem.nodes)
         if problem is None:
-            hidden = unnoticed(self.noisy, noisy)
-            hidden &= unnoticed(self.noisy_second, noisy) if hidden else set()
+            hidden = self._hidden(site, noisy)
             if hidden:
                 what = ", ".join(sorted(hidden))
                 return Refusal("no-effect", f"{what} changes nothing, so no check can fail", site.nodes)
             # differences of several layers add up
             self._tolerance = max(self._tolerance, 10 * allowed(self.noisy_second, noisy))
         return problem
+
+    def _hidden(self, site: RaisedSite, noisy: RaisedSite) -> set[str]:
+        """The wrong variants that none of the runs compared would show; noise can saturate a softmax, too."""
+        hidden = unnoticed(self.noisy, noisy)
+        for trace, one in ((self.noisy_second, noisy), (self.first, site), (self.second, site)):
+            hidden = hidden & unnoticed(trace, one) if hidden else hidden
+        return hidden
 
     def together(self, sites: Sequence[RaisedSite], third: Mapping[str, Array]) -> list[RaisedSite]:
         """The sites after all were lowered together: with their own small weights on feeds of sizes never seen, and

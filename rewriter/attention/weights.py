@@ -134,7 +134,8 @@ class Borrowed(Mapping[str, Tensor]):
 
 
 def _shake(tensor: Tensor, random: np.random.Generator) -> Tensor:
-    size = 1.5 / np.sqrt(tensor.shape[0]) if tensor.ndim > 1 else 0.2
+    # whichever axes are summed over: activations must not grow until softmax saturates, for then no change shows
+    size = 1.5 / np.sqrt(max(tensor.shape[0], tensor.numel() // tensor.shape[0])) if tensor.ndim > 1 else 0.2
     noise = torch.from_numpy(random.standard_normal(tuple(tensor.shape), dtype=np.float32)).to(tensor.dtype) * size
     moved = tensor + noise
     if bool((tensor > 0).all()):  # variances and tables of sizes stay positive
