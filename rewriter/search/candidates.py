@@ -16,9 +16,10 @@ from rewriter.core.target import Target
 from rewriter.search.problem import Options
 from rewriter.search.selection import PRECISION, Selection
 
-# Levels per pass, by effort: when a pass cuts alone at its site, and when several cut there.
+# Levels per pass, by effort: when a pass cuts alone at its site, when several cut there, and when it combines with none.
 _LEVELS_ALONE: Mapping[Effort, int] = {"quick": 4, "normal": 7, "thorough": 24}
 _LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 5}
+_LEVELS_APART: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 8}
 
 
 def candidates(site: Site, selection: Selection, target: Target, effort: Effort) -> tuple[Options, ...]:
@@ -33,7 +34,7 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
     count = (_LEVELS_ALONE if len(cuts) < 2 else _LEVELS_TOGETHER)[effort]
     ladders = [((), *((option,) for option in thin(levels, count))) for levels in cuts]
     combined = [tuple(itertools.chain.from_iterable(picked)) for picked in itertools.product(*ladders)]
-    combined += [(option,) for levels in alone for option in thin(levels, _LEVELS_ALONE[effort])]
+    combined += [(option,) for levels in alone for option in thin(levels, _LEVELS_APART[effort])]
     formats = offered.get(PRECISION, ())
     if not formats:
         return tuple(combined)
