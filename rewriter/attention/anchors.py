@@ -50,7 +50,7 @@ def surroundings(trace: Trace, node: ir.Node) -> Surroundings | None:
     if node.domain or node.op_type not in WRITTEN | OTHER | SOFTMAXES or not outputs_of(node):
         return None
     exponentials = node.op_type == "LogSoftmax"
-    readers, after = readers_of(trace, outputs_of(node)[0], exponentials)
+    readers, after = readers_of(trace, outputs_of(node)[0], exponentials, node.op_type in SOFTMAXES)
     terms, before = products_before(trace, inputs_of(node)[0]) if readers or after else ([], [])
     mixers: list[ir.Node] = []
     if not readers:

@@ -31,6 +31,7 @@ AFTER_SOFTMAX = frozenset(
         "Pad",
     ]
 )
+DIFFERENCES = frozenset(("Sub", "Neg", "Sum"))
 BEFORE_SOFTMAX = frozenset(
     [
         "Add",
@@ -73,12 +74,16 @@ class Reader:
     consumed: str
 
 
-def readers_of(trace: Trace, probabilities: str, exponentials: bool = False) -> tuple[list[Reader], list[ir.Node]]:
+def readers_of(
+    trace: Trace, probabilities: str, exponentials: bool = False, differences: bool = False
+) -> tuple[list[Reader], list[ir.Node]]:
     """(products of two activations that read the probabilities, linear nodes met on the way).
 
-    With `exponentials` what is given are logarithms, and the way goes on through their exponential.
+    With `exponentials` what is given are logarithms, and the way goes on through their exponential; with `differences`
+    it goes on where one softmax is taken from another.
     """
     passed = AFTER_SOFTMAX | {"Exp"} if exponentials else AFTER_SOFTMAX
+    passed = passed | DIFFERENCES if differences else passed
     readers: list[Reader] = []
     linears: list[ir.Node] = []
     stack, seen = [probabilities], set()

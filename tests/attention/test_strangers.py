@@ -130,6 +130,17 @@ def test_products_written_as_multiplications_and_sums_are_named() -> None:
     assert [entry.refusal.code for entry in found.unrecognised] == ["product-form"]
 
 
+def differential(heads: Heads, x: Tensor, _: Tensor) -> Tensor:
+    return heads.joined(heads.scores(x, x).softmax(-1) - 0.4 * heads.scores(x, x.flip(2)).softmax(-1), x)
+
+
+def test_a_difference_of_two_softmaxes_is_mapped_with_its_reason() -> None:
+    found = found_in(differential)
+    states = [(site.state, {problem.code for problem in site.problems}) for site in found.attention]
+    assert states == [(State.MAPPED, {"probabilities-changed"})] * 2
+    assert not found.unrecognised
+
+
 def gated(heads: Heads, x: Tensor, _: Tensor) -> Tensor:
     return (heads.q(x).softmax(-1) * heads.v(x)).sum(-1, keepdim=True) * heads.k(x)
 
