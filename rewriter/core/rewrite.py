@@ -113,12 +113,15 @@ def _first_problem(site: AttentionSite | FeedForwardSite) -> Refusal | None:
 
 
 def _opaque_refusal(site: AttentionSite) -> Refusal:
-    operands = [operand for operand in (site.query, site.key, site.value) if not operand.mapped]
+    roles = {"queries": site.query, "keys": site.key, "values": site.value}
+    unknown = [role for role, operand in roles.items() if not operand.mapped]
+    operands = [roles[role] for role in unknown]
     if site.cross and operands and all(operand.opaque for operand in operands):
         why = "keys or values are inputs of the model, not computed in it"
         return Refusal("cache-in-signature", why, tuple(operand.opaque for operand in operands))
     reasons = [operand.opaque_why for operand in operands if operand.opaque_why]
-    why = "the weights of some operand are not known per head" + (f": {reasons[0]}" if reasons else "")
+    what = ", ".join(unknown) or "some operand"
+    why = f"the weights of {what} are not known per head" + (f": {reasons[0]}" if reasons else "")
     return Refusal("not-mapped", why, site.nodes[:1])
 
 

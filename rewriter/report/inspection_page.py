@@ -103,7 +103,10 @@ def _refused(groups: Iterable[Sequence[Entry]]) -> list[str]:
                 why = verdict["why"] + ("; in other layers alike" if len(others) > 1 else "")
                 reasons.setdefault((verdict["refused"], why), []).append(name)
         name = _name(group)
-        lines += [f"{name}: no {', '.join(names)}: {why} ({code})" for (code, why), names in reasons.items()]
+        known = len(group[0]["rewrites"])
+        for (code, why), names in reasons.items():
+            what = "no rewrite at all" if len(names) == known > 1 else f"no {', '.join(names)}"
+            lines.append(f"{name}: {what}: {why} ({code})")
     return lines
 
 

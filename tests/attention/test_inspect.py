@@ -76,6 +76,7 @@ def test_the_page_names_what_was_not_understood() -> None:
     page = inspection_page(describe(exported.recognised(graph), graph, refusals))
     assert "What can be rewritten" not in page
     assert "(exposed-probabilities, at weights)" in page
+    assert "layers.0.attention: no rewrite at all: " in page
 
 
 def test_the_description_is_json_with_every_field() -> None:

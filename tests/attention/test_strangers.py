@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from rewriter.attention.recognise import recognise
+from rewriter.core.rewrite import attention_refusal
 from rewriter.core.site import Recognition, State
 from tests.attention import exported
 
@@ -100,6 +101,9 @@ def test_pooling_by_a_learnt_query_is_attention_whose_queries_are_no_projection(
     assert site.query.opaque
     assert not site.query.mapped
     assert site.value.mapped
+    refusal = attention_refusal(site)
+    assert refusal is not None
+    assert refusal.why.startswith("the weights of queries are not known per head: ")
 
 
 def twice(heads: Heads, x: Tensor, _: Tensor) -> Tensor:
