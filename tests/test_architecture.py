@@ -16,7 +16,8 @@ PRINTERS = {"rewriter/cli.py", "rewriter/benchmark/__main__.py", "rewriter/bench
 LAYERED = {
     "compiling", "profiling",
     "cli", "cli_progress", "api", "inspection", "scanning", "verification", "doctor", "pipeline", "benchmark",
-    "search", "torch_graphs", "assembly", "accuracy", "measurement", "report", "calibration", "runtimes", "attention", "graph", "core",
+    "search", "torch_graphs",
+    "assembly", "accuracy", "measurement", "report", "calibration", "runtimes", "attention", "graph", "core",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from rewriter.core.target import Target
 from rewriter.search.problem import Options
 from rewriter.search.selection import PRECISION, Selection
 
-# Levels per pass, by effort: when a pass cuts alone at its site, when several cut there, and when it combines with none.
+# Levels per pass, by effort: when a pass cuts alone at its site, when several cut there, when it combines with none.
 _LEVELS_ALONE: Mapping[Effort, int] = {"quick": 4, "normal": 7, "thorough": 24}
 _LEVELS_TOGETHER: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 5}
 _LEVELS_APART: Mapping[Effort, int] = {"quick": 1, "normal": 2, "thorough": 8}
