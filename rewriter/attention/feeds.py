@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rewriter.attention.float_masks import is_float_mask, softened
-from rewriter.attention.lengths import draw_lengths, length_of, table_of
+from rewriter.attention.lengths import counted_up_to, draw_lengths, length_of, table_of
 from rewriter.attention.paths import Paths
 from rewriter.attention.sizes import Sizes
 from rewriter.attention.values import Values
@@ -65,6 +65,8 @@ def roles(graph: OnnxGraph) -> Roles:
                 lengths[spec.name] = length
             elif sizes:
                 limits[spec.name] = min(sizes)
+            elif counted_up_to(consumers, spec):
+                lengths[spec.name] = 0
             else:
                 masks.add(spec.name)
         elif spec.dtype.kind == "b" or is_float_mask(graph, consumers, spec.name):

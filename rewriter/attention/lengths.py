@@ -26,6 +26,7 @@ _TABLES = {
     (MICROSOFT, "RotaryEmbedding"): ((1, 2),),
     ("", "RotaryEmbedding"): ((3, 1),),
 }
+_COMPARED = frozenset(("Less", "LessOrEqual", "Greater", "GreaterOrEqual"))
 _PASSED = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"))
 
 
@@ -56,6 +57,31 @@ def length_of(consumers: Mapping[str, list[ir.Node]], spec: TensorSpec) -> int |
             if node.op_type in _PASSED:
                 stack += [str(value.name) for value in node.outputs]
     return None
+
+
+def counted_up_to(consumers: Mapping[str, list[ir.Node]], spec: TensorSpec) -> bool:
+    """Whether one integer per item is compared with positions counted in the graph: a mask is made of lengths."""
+    if len(spec.shape) != 1:
+        return False
+    stack = [spec.name]
+    while stack:
+        name = stack.pop()
+        for node in consumers.get(name, []):
+            if node.op_type in _COMPARED and any(_counts(value) for value in node.inputs):
+                return True
+            if node.op_type in _PASSED:
+                stack += [str(value.name) for value in node.outputs]
+    return False
+
+
+def _counts(value: ir.Value | None) -> bool:
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "Range":
+            return True
+        if node.op_type not in _PASSED:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def draw_lengths(spec: TensorSpec, shape: tuple[int, ...], beyond: int, others: Iterable[Array]) -> Array:

@@ -38,7 +38,7 @@ def export(
 ) -> OnnxGraph:
     """The module as a graph: leading axes and the second axis of whole numbers are dynamic."""
     axes = {
-        n: {0: "batch", 1: "tokens"} if not t.is_floating_point() else {0: "batch"}
+        n: {0: "batch", 1: "tokens"} if not t.is_floating_point() and t.ndim > 1 else {0: "batch"}
         for n, t in zip(names, inputs, strict=True)
     }
     for name, tensor in zip(names, inputs, strict=True):

@@ -151,3 +151,14 @@ def gated(heads: Heads, x: Tensor, _: Tensor) -> Tensor:
 
 def test_a_gate_is_not() -> None:
     assert found_in(gated) == Recognition((), (), ())
+
+
+def test_a_mask_made_of_lengths() -> None:
+    def until(heads: Heads, x: Tensor, lengths: Tensor) -> Tensor:
+        hidden = torch.arange(x.shape[1])[None] >= lengths[:, None]
+        scores = heads.scores(x, x).masked_fill(hidden[:, None, None], -torch.inf)
+        return heads.joined(scores.softmax(-1), x)
+
+    (site,) = found_in(until, torch.tensor([10, 7])).attention
+    assert site.state is State.LOWERABLE, site.problems
+    assert site.mask == "padding"
