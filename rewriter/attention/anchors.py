@@ -13,7 +13,7 @@ from rewriter.core.refusal import Refused
 
 SOFTMAXES = frozenset(("Softmax", "LogSoftmax"))
 WRITTEN = frozenset(("Exp",))  # a softmax may be written with it
-OTHER = frozenset(("Relu", "Sigmoid"))  # what attention without a softmax makes of its scores
+OTHER = frozenset(("Relu", "Sigmoid", "Pow"))  # what attention without a softmax of base e makes of its scores
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ def surroundings(trace: Trace, node: ir.Node) -> Surroundings | None:
     """The products around a node, if there are such on both sides of it; None otherwise."""
     if node.domain or node.op_type not in WRITTEN | OTHER | SOFTMAXES or not outputs_of(node):
         return None
+    if node.op_type == "Pow" and inputs_of(node)[0] not in trace.fixed:
+        return None  # a power of the data, not of a constant base
     exponentials = node.op_type == "LogSoftmax"
     readers, after = readers_of(trace, outputs_of(node)[0], exponentials, node.op_type in SOFTMAXES)
-    terms, before = products_before(trace, inputs_of(node)[0]) if readers or after else ([], [])
+    terms, before = products_before(trace, inputs_of(node)[exponent(node)]) if readers or after else ([], [])
     mixers: list[ir.Node] = []
     if not readers:
         mixers = [n for n in after if readers_of(trace, outputs_of(n)[0])[0]][:1]
@@ -63,6 +65,11 @@ def surroundings(trace: Trace, node: ir.Node) -> Surroundings | None:
     if not readers or not terms or (mixers and node.op_type not in SOFTMAXES):
         return None
     return Surroundings(node, tuple(terms), tuple(readers), tuple(mixers))
+
+
+def exponent(node: ir.Node) -> int:
+    """The position of the scores among the inputs of a node that may be a softmax."""
+    return 1 if node.op_type == "Pow" else 0
 
 
 def softmax_anchor(trace: Trace, around: Surroundings) -> Anchor:

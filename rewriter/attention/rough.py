@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from rewriter.attention.anchors import Surroundings
+from rewriter.attention.anchors import Surroundings, exponent
 from rewriter.attention.cores import Core, assemble, raise_operands, values_product
 from rewriter.attention.operands import Operand, Product, matrix_product
 from rewriter.attention.readers import Reader
@@ -75,7 +75,7 @@ def _check_lengths(trace: Trace, query: Operand, key: Operand, value: Operand, c
 
 def _slope(trace: Trace, product: Product, around: Surroundings) -> float:
     """What one entry of the product does to its own score, where that is the same for all; 1 otherwise."""
-    name, scores = product.result.name, around.node.inputs[0]
+    name, scores = product.result.name, around.node.inputs[exponent(around.node)]
     assert scores is not None
     shape = trace.shape(name)
     if around.mixers or trace.size(str(scores.name)) != trace.size(name):

@@ -162,3 +162,13 @@ def test_a_mask_made_of_lengths() -> None:
     (site,) = found_in(until, torch.tensor([10, 7])).attention
     assert site.state is State.LOWERABLE, site.problems
     assert site.mask == "padding"
+
+
+def test_a_softmax_to_another_base_is_named() -> None:
+    def doubled(heads: Heads, x: Tensor, _: Tensor) -> Tensor:
+        powers = torch.pow(2.0, heads.scores(x, x))
+        return heads.joined(powers / powers.sum(-1, keepdim=True), x)
+
+    (site,) = found_in(doubled).attention
+    assert (site.state, site.heads, site.qk_dim) == (State.MAPPED, 4, 6)
+    assert [problem.code for problem in site.problems] == ["no-softmax"]
