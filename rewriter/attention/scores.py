@@ -72,7 +72,7 @@ def _read(trace: Trace, ends: tuple[str, str], partly: bool, swapped: bool) -> S
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
     if not softcap and not close(one[free] - zero[free], slope * raw[free], 1e-8):
         slopes = _slopes(two - zero, 2 * raw, free)
-        if close((one - zero)[free], np.broadcast_to(slopes, raw.shape)[free] * raw[free], 1e-8):
+        if close(one[free] - zero[free], np.broadcast_to(slopes, raw.shape)[free] * raw[free], 1e-8):
             return ScoreFunction(1.0, 0.0, zero, slopes[..., 0, 0], swapped)
     for factor, got in ((1.0, one), (2.0, two)):
         content = factor * slope * raw

@@ -30,7 +30,11 @@ LOOSE = {"fp32": 1e-5, "bf16": 0.1, "int8": 0.1}
 
 def cross() -> Target:
     """The AArch64 target; skips, visibly, where no compiler for it is installed."""
-    target = detect(AARCH64[0], away=True)
+    return compiled_for(detect(AARCH64[0], away=True))
+
+
+def compiled_for(target: Target) -> Target:
+    """The target; skips, visibly, where no C compiler for it is installed."""
     try:
         toolchain.c_compiler(target)
     except OptionError as problem:
@@ -82,6 +86,7 @@ def test_an_artifact_for_another_processor_is_written_and_not_loaded(tmp_path: P
 def test_a_gpu_artifact_is_compiled_without_a_gpu(tmp_path: Path) -> None:
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not installed")
+    compiled_for(detect("cpu"))  # nvcc calls it
     target = detect("cuda -arch=sm_90", away=True)
     folder = build(graphs.encoder(), [{"ids": (1, 8), "bias": (1, 1, 1, 8)}], tmp_path / "a", target)
     cubin = (folder / "model.cubin").read_bytes()
@@ -102,7 +107,7 @@ def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path, monke
 
 
 def test_a_static_library_runs_here(tmp_path: Path) -> None:
-    target, graph, feeds = detect("cpu"), graphs.encoder(), graphs.feeds(1, 7)
+    target, graph, feeds = compiled_for(detect("cpu")), graphs.encoder(), graphs.feeds(1, 7)
     got = run_library(graph, feeds, tmp_path, target)
     np.testing.assert_allclose(got, flat(run_reference(graph, feeds)), rtol=1e-5, atol=1e-5)
     assert len((tmp_path / "example.c").read_text().splitlines()) <= 35
