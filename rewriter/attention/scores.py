@@ -71,7 +71,7 @@ def _read(trace: Trace, ends: tuple[str, str], partly: bool, swapped: bool) -> S
     else:
         slope = _capped_slope(one[free] - zero[free], raw[free], softcap, slope)
     if not softcap and not close(one[free] - zero[free], slope * raw[free], 1e-8):
-        slopes = _slopes(two - zero, 2 * raw, free)
+        slopes = _slopes(np.where(free, two, 0.0) - np.where(free, zero, 0.0), 2 * raw, free)
         if close(one[free] - zero[free], np.broadcast_to(slopes, raw.shape)[free] * raw[free], 1e-8):
             return ScoreFunction(1.0, 0.0, zero, slopes[..., 0, 0], swapped)
     for factor, got in ((1.0, one), (2.0, two)):
