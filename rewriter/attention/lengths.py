@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -43,35 +43,34 @@ def length_of(consumers: Mapping[str, list[ir.Node]], spec: TensorSpec) -> int |
     """What an integer input holds beyond the number of keys, if it is a length; None if it is none."""
     if len(spec.shape) > 1 and not (len(spec.shape) == 2 and spec.shape[1] == 1):
         return None
-    stack, seen = [spec.name], set[str]()
+    for name, node in _readers(consumers, spec.name):
+        names = ["" if value is None else str(value.name) for value in node.inputs]
+        place = _PLACES.get((node.domain, node.op_type, names.index(name)))
+        if place is not None:
+            return place
+    return None
+
+
+def _readers(consumers: Mapping[str, list[ir.Node]], start: str) -> Iterator[tuple[str, ir.Node]]:
+    """(value, node) for every node that reads a value, or what was made of it by a change of type or shape alone."""
+    stack, seen = [start], set[str]()
     while stack:
         name = stack.pop()
         if name in seen:
             continue
         seen.add(name)
         for node in consumers.get(name, []):
-            names = ["" if value is None else str(value.name) for value in node.inputs]
-            place = _PLACES.get((node.domain, node.op_type, names.index(name)))
-            if place is not None:
-                return place
+            yield name, node
             if node.op_type in _PASSED:
                 stack += [str(value.name) for value in node.outputs]
-    return None
 
 
 def counted_up_to(consumers: Mapping[str, list[ir.Node]], spec: TensorSpec) -> bool:
     """Whether one integer per item is compared with positions counted in the graph: a mask is made of lengths."""
     if len(spec.shape) != 1:
         return False
-    stack = [spec.name]
-    while stack:
-        name = stack.pop()
-        for node in consumers.get(name, []):
-            if node.op_type in _COMPARED and any(_counts(value) for value in node.inputs):
-                return True
-            if node.op_type in _PASSED:
-                stack += [str(value.name) for value in node.outputs]
-    return False
+    readers = [node for _, node in _readers(consumers, spec.name) if node.op_type in _COMPARED]
+    return any(_counts(value) for node in readers for value in node.inputs)
 
 
 def _counts(value: ir.Value | None) -> bool:
