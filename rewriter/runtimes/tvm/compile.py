@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from rewriter.runtimes.standard import to_standard
 from rewriter.runtimes.tvm.artifact import CODE, CUBIN, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
 from rewriter.runtimes.tvm.fusion import fuse
 from rewriter.runtimes.tvm.lowering import Kernels, Lowering
+from rewriter.runtimes.tvm.objects import Objects, link
 from rewriter.runtimes.tvm.operators import TABLE
 from rewriter.runtimes.tvm.parameters import Parameters, write_parameters
 from rewriter.runtimes.tvm.program import Program
@@ -42,11 +42,6 @@ class Module:
     arguments: tuple[tuple[str, ...], ...]
     programs: tuple[Program, ...]
     work: Mapping[str, int]
-
-    def structure_key(self, target: Target) -> str:
-        """Equal for modules that compile to the same code: weights do not enter."""
-        text = json.dumps([target.key(), versions()], sort_keys=True) + tvm.ir.save_json(self.functions)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Tiles | None = None) -> Module:
@@ -86,11 +81,11 @@ def build(
 ) -> Path:
     """Write an artifact for `graph` at each of `shapes` to `folder` and return it.
 
-    `cache` keeps compiled code by structure: the same graph with other weights compiles nothing. `pad` gives for each
-    input the value with which shorter axes may be filled up to a bucket; without it only exact shapes run. Whether
-    padding is sound is for the caller to verify. `polish` may schedule the kernels that are no templates, which it is
-    given beside the module. The folder appears whole or not at all. Raises `UnsupportedOperator`,
-    `OptionError`, `OutputError`.
+    `cache` keeps compiled kernels by content: a graph of known kernels compiles nothing, however it arranges them.
+    `pad` gives for each input the value with which shorter axes may be filled up to a bucket; without it only exact
+    shapes run. Whether padding is sound is for the caller to verify. `polish` may schedule the kernels that are no
+    templates, which it is given beside the module. The folder appears whole or not at all. Raises
+    `UnsupportedOperator`, `OptionError`, `OutputError`.
     """
     module = lower(graph, shapes, target, tiles)
     if polish is not None:
@@ -101,9 +96,10 @@ def build(
     except OSError as error:
         raise OutputError(f"cannot write to {folder.parent}: {error}", "Choose a folder you may write to") from error
     try:
-        _compiled(module, target, work / CODE, cache)
+        counted = _compiled(module, target, work / CODE, cache)
         weights_sha = write_parameters(module.parameters, work / WEIGHTS)
         manifest = _manifest(graph, module, shapes, target, pad or {})
+        manifest["work"] = {name: count for name, count in counted.items() if count}
         manifest["sha256"] = {CODE: file_sha256(work / CODE), WEIGHTS: weights_sha}
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _replace(work, folder)
@@ -114,23 +110,18 @@ def build(
     return folder
 
 
-def _compiled(module: Module, target: Target, path: Path, cache: Path | None) -> None:
-    """Compile to `path`, or copy what the cache has for this structure."""
-    kept = None if cache is None or target.kind == "cuda" else cache / f"{module.structure_key(target)}.so"
-    if kept is not None and kept.exists():
-        shutil.copyfile(kept, path)
-        return
-    executable = tvm.compile(module.functions, target=tvm_target(target))
+def _compiled(module: Module, target: Target, path: Path, cache: Path | None) -> dict[str, int]:
+    """Compile to `path` with kernels that the cache has; returns the operations of one call by kernel."""
     if target.kind == "cuda":
+        executable = tvm.compile(module.functions, target=tvm_target(target))
         # This TVM keeps kernels as CUDA source, which is compiled once here: what nvcc refuses is no artifact.
         compile_cuda(_cuda_source(executable.mod), target, path.with_name(CUBIN))
-    executable.export_library(str(path), fcompile=linker(target))
-    if kept is None or cache is None:
-        return
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-        file.write(path.read_bytes())
-    Path(file.name).replace(kept)
+        executable.export_library(str(path), fcompile=linker(target))
+        return dict(module.work)
+    with tempfile.TemporaryDirectory(prefix="kernels-") as scratch:
+        linked = link(module.functions, Objects(cache or Path(scratch), target))
+        linked.executable.export_library(str(path), fcompile=linker(target))
+    return {linked.names[name]: count for name, count in module.work.items() if name in linked.names}
 
 
 def _cuda_source(module: Any) -> str:
@@ -160,7 +151,6 @@ def _manifest(
         "threads": target.threads,
         "target": target.key(),
         "machine": machine_of(target),
-        "work": {name: count for name, count in module.work.items() if count},
         "requires": [feature for feature in target.features if not feature.startswith("amx")],
         "versions": versions(),
         "model": graph.fingerprint(),

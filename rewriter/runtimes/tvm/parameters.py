@@ -40,12 +40,17 @@ class Parameters:
         self._derived: dict[Hashable, str] = {}
 
     def add(self, array: NDArray[Any]) -> str:
-        """The name of an array."""
+        """The name of an array, which is kept."""
+        key = self.key(array)
+        self._arrays.setdefault(key, np.ascontiguousarray(array))
+        return key
+
+    def key(self, array: NDArray[Any]) -> str:
+        """The name that an array has, whether it is kept or not."""
         known = self._keys.get(id(array))
         if known is not None and known[0] is array:
             return known[1]
         key = content_key(array)
-        self._arrays.setdefault(key, np.ascontiguousarray(array))
         self._keys[id(array)] = (array, key)
         return key
 
@@ -80,7 +85,8 @@ def write_parameters(parameters: Parameters, path: Path) -> str:
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in (struct.pack("<Q", len(text)), text, *(parameters[key].tobytes() for key in order)):
+        arrays = (parameters[key].reshape(-1).view(np.uint8).data for key in order if parameters[key].size)
+        for piece in (struct.pack("<Q", len(text)), text, *arrays):
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()

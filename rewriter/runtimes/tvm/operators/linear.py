@@ -50,7 +50,7 @@ def _product(
     tile = lowering.tiles.gemm(spec)
     name = f"gemm_{spec.precision}"
     kernel = lowering.kernels.get(name, (spec, tile), lambda unique: formats.make(spec, tile, unique))
-    width, content = tile.vectors * spec.lanes, lowering.parameters.add(weight_KN)
+    width, content = tile.vectors * spec.lanes, lowering.parameters.key(weight_KN)
 
     def part(index: int) -> Any:
         return lowering.parameter(
