@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 BUILD := build/minilm
 
-.PHONY: demo test check bench bench-inspect matrix clean
+.PHONY: demo test check bench bench-inspect matrix quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m models minilm -o $(BUILD)
@@ -35,6 +35,10 @@ bench-inspect: $(VENV)/.demo
 # so that a run goes on where it was stopped.
 matrix: $(VENV)/.test
 	$(BIN)/python -m models.matrix --summary build/matrix/summary.md
+
+# Metric against operations kept on three real models, ours and baselines; points are kept in build/quality.
+quality: $(VENV)/.test
+	$(BIN)/python -m models.quality
 
 $(BUILD)/minilm.onnx:
 	$(BIN)/python -m models minilm -o $(BUILD)
