@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
-from scipy import linalg
-
-from rewriter.core.linalg import cholesky_upper, ridge_towards
+from rewriter.core.basis import apart, recombined
 from rewriter.core.memo import IdentityMemo
 from rewriter.core.option import Option
 from rewriter.core.refusal import Refusal
 from rewriter.core.rewrite import (
-    RIDGE,
     Pass,
     attention_input,
     attention_refusal,
@@ -23,18 +19,9 @@ from rewriter.core.rewrite import (
     with_output_weights,
 )
 from rewriter.core.site import Array, AttentionSite, Site
-from rewriter.core.statistics import Array64, AttentionStatistics, Statistics
+from rewriter.core.statistics import AttentionStatistics, Statistics
 from rewriter.core.target import Target
-
-_RIDGE = 1e-6  # only makes the factorisation succeed; it cancels at full rank
-
-
-@dataclass(frozen=True, eq=False)
-class _Bases:
-    """Per value head G: the map of a value (D, D), best of every rank first, and its inverse."""
-
-    map_GDD: Array64
-    inverse_GDD: Array64
+from rewriter.core.value_bases import ValueBases, value_bases
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class LowRankVO(Pass):
     kind: ClassVar[Literal["exact", "calibrated"]] = "calibrated"
     order: ClassVar[int] = 30
 
-    _bases: ClassVar[IdentityMemo[_Bases]] = IdentityMemo()
+    _bases: ClassVar[IdentityMemo[ValueBases]] = IdentityMemo()
 
     def refuse(self, site: Site) -> Refusal | None:
         """See `Pass.refuse`."""
@@ -89,14 +76,14 @@ class LowRankVO(Pass):
         found = {}
         for rank in (*range(8, site.v_dim, 8), site.v_dim):
             option = Option.of(self.name, site.id, rank=rank)
-            mapped = statistics.regression.map(self._blocks(site, statistics, rank))
+            mapped = statistics.regression.map(self._bases_of(site, statistics).blocks(site, rank))
             found[option] = mapped.loss(output_weights(self.apply(site, option, statistics)))
         return found
 
     def feature_map(self, site: Site, option: Option, statistics: Statistics) -> Array | None:
         """Block-diagonal: the basis of each head."""
         own, facts = attention_input(self.refuse(site), site, option, statistics)
-        return self._blocks(own, facts, option.integer("rank"))
+        return self._bases_of(own, facts).blocks(own, option.integer("rank"))
 
     def apply(self, site: Site, option: Option, statistics: Statistics | None) -> Site:
         """See `Pass.apply`."""
@@ -105,55 +92,9 @@ class LowRankVO(Pass):
         if not 1 <= rank <= own.v_dim:
             raise out_of_range(option, "rank", 1, own.v_dim)
         bases = self._bases_of(own, facts)
-        assert own.value.weight_CGD is not None
-        dtype = own.value.weight_CGD.dtype
-        basis_GDR = bases.map_GDD[:, :, :rank]
-        weight = np.einsum("cgd,gdr->cgr", own.value.weight_CGD.astype(np.float64), basis_GDR)
-        bias = own.value.bias_GD
-        value = replace(
-            own.value,
-            weight_CGD=weight.astype(dtype),
-            bias_GD=None if bias is None else np.einsum("gd,gdr->gr", bias.astype(np.float64), basis_GDR).astype(dtype),
-        )
-        return with_output_weights(replace(own, value=value), self._refit(own, facts, rank))
+        value = recombined(own.value, apart(bases.map_GDD[:, :, :rank]), own.value.head_of)
+        return with_output_weights(replace(own, value=value), bases.refit(own, facts, rank))
 
-    def _refit(self, site: AttentionSite, statistics: AttentionStatistics, rank: int) -> Array64:
-        """All output weights jointly, pulled towards what truncation leaves of the present ones."""
-        bases, weights = self._bases_of(site, statistics), output_weights(site)
-        width = weights.shape[1]
-        weight_HDC = weights[:-1].reshape(site.heads, site.v_dim, width)
-        inverse_HRD = bases.inverse_GDD[list(site.value.head_of), :rank]
-        current = np.vstack([(inverse_HRD @ weight_HDC).reshape(-1, width), weights[-1:]])
-        mapped = statistics.features.map(self._blocks(site, statistics, rank))
-        return ridge_towards(mapped, current, RIDGE)
-
-    def _blocks(self, site: AttentionSite, statistics: Statistics, rank: int) -> Array64:
+    def _bases_of(self, site: AttentionSite, statistics: Statistics) -> ValueBases:
         assert isinstance(statistics, AttentionStatistics)
-        bases = self._bases_of(site, statistics)
-        return np.asarray(linalg.block_diag(*(bases.map_GDD[group, :, :rank] for group in site.value.head_of)))
-
-    def _bases_of(self, site: AttentionSite, statistics: AttentionStatistics) -> _Bases:
-        return self._bases.get((site, statistics), lambda: _factor(site, statistics))
-
-
-def _factor(site: AttentionSite, statistics: AttentionStatistics) -> _Bases:
-    """``R [W_o of the group] = U S V'`` with ``R'R`` the centred Gram of the group's results; the map is ``R^-1 U``."""
-    dim, regression = site.v_dim, statistics.features
-    mean = regression.gram[-1, :-1]
-    centred = regression.gram[:-1, :-1] - np.outer(mean, mean) / max(regression.tokens, 1)
-    weight_HDC = output_weights(site)[:-1].reshape(site.heads, dim, -1)
-    map_GDD, inverse_GDD = np.empty((site.value.heads, dim, dim)), np.empty((site.value.heads, dim, dim))
-    for group in range(site.value.heads):
-        members = [head for head in range(site.heads) if site.value.head_of[head] == group]
-        blocks = [slice(head * dim, (head + 1) * dim) for head in members]
-        gram = np.sum([centred[block, block] for block in blocks], axis=0) if members else np.zeros((dim, dim))
-        energy = float(np.trace(gram)) / dim
-        if energy <= 0.0:
-            map_GDD[group] = inverse_GDD[group] = np.eye(dim)
-            continue
-        root = cholesky_upper(gram, _RIDGE)
-        product = root @ np.concatenate([weight_HDC[head] for head in members], axis=1)
-        left = np.linalg.svd(product, full_matrices=product.shape[1] < dim)[0]
-        map_GDD[group] = linalg.solve_triangular(root, left) * np.sqrt(energy)  # results keep their scale
-        inverse_GDD[group] = left.T @ root / np.sqrt(energy)
-    return _Bases(map_GDD, inverse_GDD)
+        return self._bases.get((site, statistics), lambda: value_bases(site, statistics))

@@ -58,7 +58,7 @@ def pass_of(option: Option, passes: Passes) -> Pass:
 
 def required(options: Iterable[Option], passes: Passes) -> frozenset[Detail]:
     """The statistics that the passes of these options read."""
-    return frozenset[Detail]().union(*(pass_of(option, passes).requires for option in options))
+    return frozenset[Detail]().union(*(pass_of(option, passes).needs(option) for option in options))
 
 
 def calibrated_options(options: Iterable[Option], passes: Passes) -> tuple[Option, ...]:

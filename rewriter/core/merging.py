@@ -96,19 +96,27 @@ class MergedValues:
 
 
 def merge_values(
-    mixed_HKK: Array64, weight_HDC: Array64, member_of: Sequence[int], sweeps: int = _SWEEPS
+    mixed_HKK: Array64,
+    weight_HDC: Array64,
+    member_of: Sequence[int],
+    sweeps: int = _SWEEPS,
+    rank: int | None = None,
 ) -> MergedValues:
     """One value head for readers H, of which reader h read member `member_of[h]`, by alternating least squares.
 
     `mixed_HKK` are Grams of what each reader makes of all members' values (K = M*D), `weight_HDC` its output weights.
+    The shared head has `rank` dims, D unless told. Raises `ValueError` if that is none of 1 to K.
     """
     heads, dim, _ = weight_HDC.shape
+    size = dim if rank is None else rank
+    if not 1 <= size <= mixed_HKK.shape[1]:
+        raise ValueError(f"a shared head of {size} dims")
     bases = [linalg.qr(weight.T, mode="economic") for weight in weight_HDC]
     wanted_HKE = np.zeros((heads, mixed_HKK.shape[1], bases[0][1].shape[0]))
     for head, (_, upper) in enumerate(bases):
         wanted_HKE[head, member_of[head] * dim : (member_of[head] + 1) * dim] = upper.T
     root = _root(mixed_HKK.sum(axis=0))
-    left = np.linalg.svd(root @ np.concatenate(list(wanted_HKE), axis=1), full_matrices=True)[0][:, :dim]
+    left = np.linalg.svd(root @ np.concatenate(list(wanted_HKE), axis=1), full_matrices=True)[0][:, :size]
     shared = np.asarray(linalg.solve_triangular(root, left))
     readers = _readers(mixed_HKK, wanted_HKE, shared)
     for _ in range(sweeps):
@@ -122,8 +130,12 @@ def merge_values(
 
 
 def _readers(mixed_HKK: Array64, wanted_HKE: Array64, shared_KD: Array64) -> Array64:
-    grams, rights = shared_KD.T @ mixed_HKK @ shared_KD, shared_KD.T @ mixed_HKK @ wanted_HKE
-    return np.stack([solve_gram(_lifted(gram), right) for gram, right in zip(grams, rights, strict=True)])
+    """Least squares around what the shared head spans by itself, so that a head that spans everything is exact."""
+    spanned_HDE = np.linalg.pinv(shared_KD) @ wanted_HKE
+    left_HKE = wanted_HKE - shared_KD @ spanned_HDE
+    grams, rights = shared_KD.T @ mixed_HKK @ shared_KD, shared_KD.T @ mixed_HKK @ left_HKE
+    solved = [solve_gram(_lifted(gram), right) for gram, right in zip(grams, rights, strict=True)]
+    return np.asarray(spanned_HDE + np.stack(solved))
 
 
 def _lifted(gram: Array64) -> Array64:

@@ -74,7 +74,8 @@ class Projection:
     `source` names a value of shape (B, S, C); with `time_first` its first two axes are swapped; with `flatten` it has
     several token axes; with `channels_first` it is (B, C, tokens...). `past`/`present` name the cache value put before
     the tokens and the value that holds both. With `places`, a value (B, T), the cache holds at each place the one of
-    the joined tokens that it numbers, and zeros where it is negative.
+    the joined tokens that it numbers, and zeros where it is negative. Where a rewrite changed what is cached,
+    `cache_map` (G, D, G', D') makes a cache of this operand from one of the model as it was.
     An opaque operand is a value of shape (B, G, S, D) — (B, G, D, S) if `opaque_transposed` — used as it is.
     """
 
@@ -91,6 +92,7 @@ class Projection:
     past: str = ""
     present: str = ""
     places: str = ""
+    cache_map: Array | None = None
     head_of: tuple[int, ...] = ()
     opaque: str = ""
     opaque_transposed: bool = False

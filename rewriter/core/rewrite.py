@@ -31,7 +31,8 @@ class Pass(ABC):
     output projection is solved anew by `rewriter.assembly`). `order` sorts passes that meet at one site: exact
     ones below 10, cuts of whole heads before ranks. `requires` names the statistics that `apply` reads besides the
     regression of the output projection. A pass that does not combine is tried at a site without other cuts. An exact
-    pass is applied wherever it can be, unless it is `timed`: then its options compete by time.
+    pass is applied wherever it can be, unless it is `timed`: then its options compete by time. A pass that
+    `changes_cache` refuses every site unless it is `permitted`.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,15 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Detail]] = frozenset()
     combines: ClassVar[bool] = True
     timed: ClassVar[bool] = False
+    changes_cache: ClassVar[bool] = False
+
+    def permitted(self) -> Pass:
+        """The same pass with leave to change the sizes of caches in the model's signature."""
+        return self
+
+    def needs(self, option: Option) -> frozenset[Detail]:
+        """The statistics that `apply` reads for this very option."""
+        return self.requires
 
     @classmethod
     def option(cls, site: str = "", **parameters: Value) -> Option:
@@ -88,8 +98,11 @@ def describes(statistics: Statistics, site: Site, wanted: Collection[Detail]) ->
     return sizes and ("mixed" not in wanted or statistics.mixed_HKK is not None)
 
 
-def attention_refusal(site: Site) -> Refusal | None:
-    """What any rewrite of an attention's weights needs: mapped, lowerable, nothing read from outside, no cache."""
+def attention_refusal(site: Site, cached: bool = False) -> Refusal | None:
+    """What any rewrite of an attention's weights needs: mapped, lowerable, nothing read from outside, no cache.
+
+    With `cached` a cache is no reason.
+    """
     if not isinstance(site, AttentionSite):
         if isinstance(site, LinearSite):
             return Refusal("already-replaced", f"{site.id} is no attention any more")
@@ -102,7 +115,7 @@ def attention_refusal(site: Site) -> Refusal | None:
         return reason or Refusal("not-lowerable", why, site.nodes[:1])
     if site.escapes:
         return Refusal("value-escapes", f"values inside are read from outside: {', '.join(site.escapes)}", site.escapes)
-    if site.cached:
+    if site.cached and not cached:
         return Refusal("cache-in-signature", "a key/value cache is part of the model's inputs or outputs")
     return None
 
