@@ -8,6 +8,8 @@ from typing import Any
 
 # Which processor flag stands for the dot products of a number format: AVX-512 forms on vectors of 16 words.
 PRECISION_FEATURES: Mapping[str, str] = {"bf16": "avx512_bf16", "int8": "avx512_vnni"}
+# Which flags stand for those of its matrix unit, where the system lets this process use it.
+MATRIX_FEATURES: Mapping[str, tuple[str, ...]] = {"bf16": ("amx_tile", "amx_bf16"), "int8": ("amx_tile", "amx_int8")}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Target:
     def multiplies(self, precision: str) -> bool:
         """Whether the processor has instructions that multiply numbers of this format (fp32, bf16, int8)."""
         return precision == "fp32" or PRECISION_FEATURES.get(precision) in self.features
+
+    def has_matrix_unit(self, precision: str) -> bool:
+        """Whether kernels may multiply this format on matrix tiles (AMX); their epilogues are of AVX-512."""
+        needed = MATRIX_FEATURES.get(precision, ())
+        return bool(needed) and self.vector_floats == 16 and set(needed) <= set(self.features)
 
     def key(self) -> dict[str, Any]:
         """What makes measurements on two targets comparable: everything but where the facts were read."""

@@ -17,8 +17,10 @@ from rewriter.core.errors import OptionError, OutputError
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.standard import to_standard
+from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.artifact import CODE, CUBIN, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
 from rewriter.runtimes.tvm.fusion import fuse
+from rewriter.runtimes.tvm.kernels.amx import required
 from rewriter.runtimes.tvm.lowering import Kernels, Lowering
 from rewriter.runtimes.tvm.objects import Objects, link
 from rewriter.runtimes.tvm.operators import TABLE
@@ -151,7 +153,7 @@ def _manifest(
         "threads": target.threads,
         "target": target.key(),
         "machine": machine_of(target),
-        "requires": [feature for feature in target.features if not feature.startswith("amx")],
+        "requires": [*amx.without(target.features), *required(module.functions.functions.values())],
         "versions": versions(),
         "model": graph.fingerprint(),
     }

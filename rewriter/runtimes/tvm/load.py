@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from rewriter.core.errors import DataError, ModelError
+from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.artifact import CODE, WEIGHTS, read_manifest
 
 ALIGNMENT = 64
@@ -28,13 +29,16 @@ _threads: dict[str, int] = {}
 def load(folder: Path | str, threads: int | None = None) -> TvmExecutable:
     """Load an artifact. `threads` must be what it was built for, which is the default.
 
-    Raises `ModelError` when the folder is incomplete, altered, or made for another processor or TVM.
+    Asks the system for the tile registers of AMX where the artifact needs them. Raises `ModelError` when the folder is
+    incomplete, altered, or made for another processor or TVM.
     """
     place = Path(folder)
     manifest = read_manifest(place)
     built = int(manifest["threads"])
     if threads is not None and threads != built:
         raise ModelError(f"{place} was built for {built} threads, not {threads}", f"Build it with --threads {threads}")
+    if amx.among(manifest["requires"]):
+        amx.demand(str(place))
     _use_threads(built)
     return TvmExecutable(place, manifest)
 

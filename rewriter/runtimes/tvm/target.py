@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rewriter.core.errors import OptionError
 from rewriter.core.target import Target
+from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.elsewhere import describe
 from rewriter.runtimes.tvm.instruction_sets import (
     FEATURES,
@@ -45,15 +47,25 @@ def detect(text: str = "cpu", threads: int | None = None, away: bool = False) ->
             hint = "Compile for it with --compile-only, or time it there with --rpc HOST:PORT --key NAME"
             raise OptionError(f"target {text!r} {why}, so nothing can be timed", hint)
         return described
-    return _this_machine(wanted, threads or 1)
+    return _this_machine(wanted, threads or 1, away)
 
 
-def _this_machine(wanted: TargetText, threads: int) -> Target:
+def _this_machine(wanted: TargetText, threads: int, away: bool) -> Target:
     arch, flags, name, cores = architecture(platform.machine()), _flags(), _model_name(), _cores()
-    features = tuple(flag for flag in FEATURES.get(arch, {}) if flag in flags)
+    present = tuple(flag for flag in FEATURES.get(arch, {}) if flag in flags)
+    # The matrix unit counts only where the system lets this process use it; without it kernels do without.
+    features = present if not amx.among(present) or amx.permitted() else amx.without(present)
     mcpu = wanted.options.get("mcpu") or _mcpu(arch, frozenset(features))
     if "mcpu" in wanted.options or wanted.attributes:
-        features = _allowed(wanted, mcpu, arch, features)
+        named = flags_of(arch, of_processor(mcpu, attributes=wanted.attributes))
+        missing = [flag for flag in named if flag not in present]
+        if missing and away:
+            return describe(replace(wanted, options={**wanted.options, "mtriple": f"{arch}-linux-gnu"}), threads)
+        if missing:
+            hint = "Use --target cpu, or build for another machine with --compile-only"
+            raise OptionError(f"target {wanted.text!r} needs {', '.join(missing)}, which this processor lacks", hint)
+        # Naming an older instruction set means to do without the newer ones.
+        features = tuple(flag for flag in features if flag in named)
     caches = {level: _cache_bytes(level) for level in (1, 2, 3)}
     sources = {
         "name": str(CPUINFO), "features": str(CPUINFO), "cores": "sched_getaffinity",
@@ -121,17 +133,6 @@ def _mcpu(arch: str, features: frozenset[str]) -> str:
     if arch != "x86_64":
         return "generic"
     return "x86-64-v4" if features >= V4 else "x86-64-v3" if features >= V3 else "x86-64-v2"
-
-
-def _allowed(wanted: TargetText, mcpu: str, arch: str, features: tuple[str, ...]) -> tuple[str, ...]:
-    """Naming an older instruction set means to do without the newer ones; one this processor lacks is refused."""
-    named = flags_of(arch, of_processor(mcpu, attributes=wanted.attributes))
-    # Code uses matrix tiles only where our kernels say so, which ask for permission first.
-    missing = [flag for flag in named if flag not in features and not flag.startswith("amx")]
-    if missing:
-        hint = "Use --target cpu, or build for another machine with -mtriple and --compile-only"
-        raise OptionError(f"target {wanted.text!r} needs {', '.join(missing)}, which this processor lacks", hint)
-    return tuple(flag for flag in features if flag in named)
 
 
 def _cache_bytes(level: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rewriter.core.target import Target
-from rewriter.runtimes.tvm.kernels import emit
+from rewriter.runtimes.tvm.kernels import amx_gemm, emit
 from rewriter.runtimes.tvm.kernels.attention import Attention
 from rewriter.runtimes.tvm.kernels.attention import Tile as FlashTile
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
@@ -57,6 +57,8 @@ def rows_for(vectors: int, target: Target, rows: int) -> int:
 
 def default_gemm(spec: Gemm, target: Target) -> Tile:
     """Three vectors where they divide the columns, otherwise the width that wastes least; rows balanced over M."""
+    if spec.matrix_unit:
+        return _matrix_gemm(spec, target)
 
     def waste(vectors: int) -> tuple[int, int]:
         width = vectors * spec.lanes
@@ -67,6 +69,13 @@ def default_gemm(spec: Gemm, target: Target) -> Tile:
     rows = -(-spec.M // -(-spec.M // most))
     block = _block(spec, rows, target)
     return Tile(rows, vectors, unroll_for(spec, rows, vectors), block, spec.M // rows >= 4)
+
+
+def _matrix_gemm(spec: Gemm, target: Target) -> Tile:
+    """Blocks of four tiles. A few of them share the fetching of a panel, and there is a next one to finish one in."""
+    rows = amx_gemm.block_rows(spec.M)
+    blocks = -(-spec.M // rows)
+    return Tile(rows, amx_gemm.VECTORS, 1, _block(spec, rows, target), blocks >= 4, spec.N * blocks > spec.lanes * 2)
 
 
 def unroll_for(spec: Gemm, rows: int, vectors: int) -> int:

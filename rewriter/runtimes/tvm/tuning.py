@@ -7,9 +7,10 @@ have no chance after a few looks are dropped. One shape takes about a second.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import tvm
 from numpy.typing import NDArray
 
 from rewriter.core.target import Target
+from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.database import Subject, TuningDatabase
 from rewriter.runtimes.tvm.kernels import formats
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
+from rewriter.runtimes.tvm.kernels.gemm import MATRIX_WORDS, Gemm, Tile
 from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import unroll_for
@@ -49,7 +51,7 @@ class GemmTuner:
 
     def tile(self, spec: Gemm, default: Tile) -> Tile:
         """The best known tile for a GEMM; `default` if nothing is known and measuring is off, or nothing beats it."""
-        form = "" if spec.precision == "fp32" else f"_{spec.precision}"
+        form = ("" if spec.precision == "fp32" else f"_{spec.precision}") + "_amx" * spec.matrix_unit
         kernel = f"gemm{form}:{spec.activation}:{int(spec.residual)}"
         subject = Subject.of(kernel, (spec.M, spec.N, spec.K), self.target)
         known = self.database.find(subject)
@@ -67,6 +69,9 @@ class GemmTuner:
 
 def candidates(spec: Gemm, target: Target, default: Tile) -> list[Tile]:
     """The default, then the shapes of the register tile that the model finds best, with rows balanced over M."""
+    if spec.matrix_unit:
+        forms = itertools.product((default.ahead, not default.ahead), (default.overlap, not default.overlap))
+        return [replace(default, ahead=ahead, overlap=overlap) for ahead, overlap in forms]
     found: list[Tile] = []
     for most, vectors in CANDIDATES[target.registers]:
         rows = -(-spec.M // -(-spec.M // most))
@@ -123,6 +128,7 @@ def _other_inputs(spec: Gemm, rng: np.random.Generator) -> tuple[NDArray[np.floa
 
 
 def _compiled(function: Any, target: Target) -> Any:
+    amx.ask_for(target)
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     return tvm.compile(module, target=tvm_target(target))["main"]
 
@@ -131,7 +137,7 @@ def _activations(spec: Gemm, a: NDArray[np.float32], target: Target) -> list[Any
     """The operands that a kernel of this format takes for A."""
     if spec.precision == "fp32":
         return [tvm.runtime.tensor(a)]
-    rounding = Quantise(a.shape, spec.precision, spec.lanes)
+    rounding = Quantise(a.shape, spec.precision, spec.lanes, multiple=MATRIX_WORDS if spec.matrix_unit else 1)
     outputs = [tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in rounding.outputs]
     _compiled(make_quantise(rounding), target)(tvm.runtime.tensor(a), *outputs)
     return outputs
@@ -156,7 +162,9 @@ class Runner:
         self._out = tvm.runtime.tensor(np.zeros((*spec.leading, spec.N), np.float32))
         self._arguments = []
         for weight in weights:
-            packed = formats.weight_operands(weight, spec.precision, spec.precision, tile.vectors * spec.lanes)
+            packed = formats.weight_operands(
+                weight, spec.precision, spec.precision, tile.vectors * spec.lanes, spec.matrix_unit
+            )
             self._arguments.append((*left, *map(tvm.runtime.tensor, packed), *others, self._out))
 
     def result(self) -> NDArray[np.float32]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Precision, Tile, make_gemm, pack
+from rewriter.runtimes.tvm.kernels.amx_gemm import make_gemm_amx
+from rewriter.runtimes.tvm.kernels.gemm import GROUP, MATRIX_WORDS, Gemm, Precision, Tile, make_gemm, pack
 from rewriter.runtimes.tvm.kernels.gemm_bf16 import make_gemm_bf16, pack_bf16, rounded
 from rewriter.runtimes.tvm.kernels.gemm_int8 import Quantised, make_gemm_int8
 
@@ -23,13 +24,15 @@ WEIGHT_OPERANDS: dict[Precision, int] = {"fp32": 1, "bf16": 1, "int8": 3}
 
 def make(gemm: Gemm, tile: Tile, name: str = "gemm") -> Any:
     """PrimFunc (operands of A, operands of B, bias?, residual?, C) in the format of `gemm`."""
-    return _KERNELS[gemm.precision](gemm, tile, name)
+    return (make_gemm_amx if gemm.matrix_unit else _KERNELS[gemm.precision])(gemm, tile, name)
 
 
 def weight_operands(
-    weight_KN: NDArray[np.float32], precision: Precision, held: Precision, width: int
+    weight_KN: NDArray[np.float32], precision: Precision, held: Precision, width: int, matrix_unit: bool = False
 ) -> tuple[NDArray[Any], ...]:
     """A weight rounded to `precision` as the operands of the kernel of `held`: the same, or fp32."""
+    if matrix_unit:
+        weight_KN = np.pad(weight_KN, ((0, -len(weight_KN) % (GROUP[held] * MATRIX_WORDS)), (0, 0)))
     if held == "fp32":
         return (pack(as_rounded(weight_KN, precision), width),)
     if held == "bf16":

@@ -21,13 +21,15 @@ from rewriter.runtimes.tvm.kernels.expressions import ACTIVATIONS
 
 Precision = Literal["fp32", "bf16", "int8"]
 GROUP: dict[Precision, int] = {"fp32": 1, "bf16": 2, "int8": 4}  # numbers of k side by side in one 32-bit word
+MATRIX_WORDS = 16  # words of k that a matrix unit takes at once: K is padded to whole steps of it
 
 
 @dataclass(frozen=True)
 class Tile:
     """How one GEMM is cut: a register tile of `rows` x `vectors`, `unroll` steps of k, `block` rows of A kept in L2.
 
-    `ahead` fetches the next panel into L2 while this one is in use.
+    `ahead` fetches the next panel into L2 while this one is in use. On a matrix unit a block of C is `rows` x
+    `vectors`, `overlap` finishes it during the next one, and LLVM unrolls.
     """
 
     rows: int = 12
@@ -35,6 +37,7 @@ class Tile:
     unroll: int = 4
     block: int = 0
     ahead: bool = True
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Gemm:
     """What one GEMM computes. `leading` are the axes of A before K; their product is M.
 
     Operands of `precision` are 32-bit words that hold `GROUP` numbers of consecutive k each; results are fp32.
+    `matrix_unit`: products on matrix tiles (AMX), for which rows of words are padded with zeros to `MATRIX_WORDS`.
     """
 
     leading: tuple[int, ...]
@@ -53,6 +57,7 @@ class Gemm:
     lanes: int = 16
     threads: int = 1
     precision: Precision = "fp32"
+    matrix_unit: bool = False
 
     @property
     def M(self) -> int:  # noqa: N802
@@ -62,7 +67,8 @@ class Gemm:
     @property
     def depth(self) -> int:
         """Steps of the sum: words of A per row."""
-        return -(-self.K // GROUP[self.precision])
+        words = -(-self.K // GROUP[self.precision])
+        return words + -words % MATRIX_WORDS if self.matrix_unit else words
 
     def panels(self, tile: Tile) -> int:
         """Column panels, the last one padded with zeros."""

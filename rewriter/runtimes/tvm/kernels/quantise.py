@@ -21,7 +21,7 @@ _MAGIC_BITS = 0x4B400000  # that number's bits
 
 @dataclass(frozen=True)
 class Quantise:
-    """Rows over the last axis of `shape` in `precision`, padded to whole words.
+    """Rows over the last axis of `shape` in `precision`, padded with zeros to a multiple of `multiple` words.
 
     int8: unsigned bytes ``round(x / scale + zero)``, with ``scale = (high - low) / 254`` and ``zero = round(-low /
     scale)`` per row, where low and high are the least and largest of the row and 0. `unpacked` gives the numbers that
@@ -33,11 +33,13 @@ class Quantise:
     lanes: int = 16
     threads: int = 1
     unpacked: bool = False
+    multiple: int = 1
 
     @property
     def words(self) -> tuple[int, ...]:
         """Shape of the result in 32-bit words."""
-        return (*self.shape[:-1], -(-self.shape[-1] // GROUP[self.precision]))
+        count = -(-self.shape[-1] // GROUP[self.precision])
+        return (*self.shape[:-1], count + -count % self.multiple)
 
     @property
     def outputs(self) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -136,13 +138,28 @@ class RowWriter:
         if full:
             with loop(full) as part:
                 store(self.target, convert(whole(part * lanes), lanes), row, vec(part * lanes, lanes))
-        if not left:
-            return
-        rest = vectors.load_part(lambda i: lane(full * lanes, i), left, self.tail, lanes, T.float32(0))
+        if left:
+            self._last(row, lane, convert, full * lanes, left)
+        # Beyond the vector that holds the last number, whole vectors of zeros: rows are padded to `multiple` words.
+        for at in range(-(-self.columns // lanes) * lanes, self.held, lanes):
+            count = min(lanes, self.held - at)
+            store(self.target, splat(T.Cast(self.dtype, 0), count), row, vec(at, count))
+
+    def _last(
+        self,
+        row: Index,
+        lane: Callable[[Index, int], Expression],
+        convert: Callable[[Expression, int], Expression],
+        at: int,
+        left: int,
+    ) -> None:
+        """The numbers that fill no vector."""
+        lanes = self.lanes
+        rest = vectors.load_part(lambda i: lane(at, i), left, self.tail, lanes, T.float32(0))
         converted = scratch((lanes,), self.dtype, registers=True)
         store(converted, convert(rest, lanes), vec(0, lanes))
-        for i in range(self.held - full * lanes):
-            store(self.target, converted[i], row, full * lanes + i)
+        for i in range(min(lanes, self.held - at)):
+            store(self.target, converted[i], row, at + i)
 
 
 def _bf16_bits(v: Expression, lanes: int) -> Expression:

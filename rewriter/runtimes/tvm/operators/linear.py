@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from rewriter.runtimes.tvm.kernels import formats
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Precision
+from rewriter.runtimes.tvm.kernels.gemm import MATRIX_WORDS, Gemm, Precision
 from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
 from rewriter.runtimes.tvm.operators.elementwise import mapped_call
@@ -37,8 +37,8 @@ def _linear(lowering: Lowering, node: Node) -> Any:
     K, N = array.shape
     spec = Gemm(lowering.shape(x)[:-1], N, K, bool(bias), activation, bool(residual), lowering.lanes, lowering.threads)
     if lowering.target.multiplies(precision) and K <= formats.MOST_TERMS:
-        spec = replace(spec, precision=precision)
-    a = _operands(lowering, x, precision, spec.precision)
+        spec = replace(spec, precision=precision, matrix_unit=lowering.target.has_matrix_unit(precision))
+    a = _operands(lowering, x, precision, spec)
     rest = [lowering.value(name) for name in (bias, residual) if name]
     return _product(lowering, spec, a, array, precision, rest)
 
@@ -48,27 +48,28 @@ def _product(
 ) -> Any:
     """One GEMM of `spec` on operands rounded to `precision`."""
     tile = lowering.tiles.gemm(spec)
-    name = f"gemm_{spec.precision}"
+    name = f"gemm_amx_{spec.precision}" if spec.matrix_unit else f"gemm_{spec.precision}"
     kernel = lowering.kernels.get(name, (spec, tile), lambda unique: formats.make(spec, tile, unique))
     width, content = tile.vectors * spec.lanes, lowering.parameters.key(weight_KN)
 
     def part(index: int) -> Any:
         return lowering.parameter(
-            (content, width, precision, spec.precision, index),
-            lambda: formats.weight_operands(weight_KN, precision, spec.precision, width)[index],
+            (content, width, precision, spec.precision, spec.matrix_unit, index),
+            lambda: formats.weight_operands(weight_KN, precision, spec.precision, width, spec.matrix_unit)[index],
         )
 
     b = [part(index) for index in range(formats.WEIGHT_OPERANDS[spec.precision])]
     return lowering.call(kernel, [*a, *b, *rest], ((*spec.leading, spec.N), "float32"))
 
 
-def _operands(lowering: Lowering, x: str, precision: Precision, held: Precision) -> list[Any]:
-    """x rounded to `precision`, as words of it or, if `held` in fp32, as numbers; made once per value."""
+def _operands(lowering: Lowering, x: str, precision: Precision, gemm: Gemm) -> list[Any]:
+    """x rounded to `precision`, as words of it or, if `gemm` is in fp32, as numbers; made once per value."""
     if precision == "fp32":
         return [lowering.value(x)]
     key = (x, precision)
     if key not in lowering.rounded:
-        spec = Quantise(lowering.shape(x), precision, lowering.lanes, lowering.threads, unpacked=held == "fp32")
+        unpacked, multiple = gemm.precision == "fp32", MATRIX_WORDS if gemm.matrix_unit else 1
+        spec = Quantise(lowering.shape(x), precision, lowering.lanes, lowering.threads, unpacked, multiple)
         kernel = lowering.kernels.get("quantise", spec, lambda unique: make_quantise(spec, unique))
         result = lowering.builder.emit(lowering.call(kernel, [lowering.value(x)], *spec.outputs))
         parts = len(spec.outputs)
