@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from rewriter.runtimes.base import Feeds
 
 
 class FakeRuntime:
-    """``add`` works and writes down the feeds it meets, ``die`` ends its process when it runs."""
+    """``add`` works and writes down the feeds it meets, ``die`` ends its process when it runs.
+
+    ``slow`` takes 2 ms per token and writes down the shapes it runs on.
+    """
 
     name = "fake"
 
@@ -35,7 +39,12 @@ class FakeExecutable:
         self.what, self.seen = what, seen
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        return {"y": np.asarray(feeds["x"]) + 1}
+        x = np.asarray(feeds["x"])
+        if self.what == "slow":
+            time.sleep(0.002 * x.shape[-1])
+            with self.seen.with_suffix(".runs").open("a") as file:
+                file.write("x".join(map(str, x.shape)) + " ")
+        return {"y": x + 1}
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
         def call() -> None:
