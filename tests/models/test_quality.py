@@ -19,7 +19,7 @@ from models.quality.page import table
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("quality")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_vit, "EPOCHS", 6)
+        patch.setattr(digits_vit, "EPOCHS", 14)
         digits(found / "digits")
     return found
 
