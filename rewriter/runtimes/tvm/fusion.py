@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from rewriter.runtimes.tvm.norm_patterns import find_norms
+from rewriter.runtimes.tvm.patches import patches_as_linear
 from rewriter.runtimes.tvm.program import Node, Program, Value
 
 LINEAR, NORM, ATTENTION, SPLIT = "rewriter:Linear", "rewriter:Norm", "rewriter:Attention", "rewriter:SplitHeads"
@@ -24,6 +25,7 @@ def fuse(program: Program) -> None:
     share_equal_nodes(program)
     find_norms(program)
     program.prune()
+    patches_as_linear(program)
     _each(program, _as_linear)
     _each(program, _bias)
     _each(program, _activation)
