@@ -59,7 +59,8 @@ class Lowering:
         program = self.program
         inputs = [self._variable(value) for value in program.inputs]
         self.env.update(zip(program.inputs, inputs, strict=True))
-        with self.builder.function(name):
+        # Only inputs are checked in each run: weights were when they were read, and a check of each costs 1 us.
+        with self.builder.function(name, attrs={"num_input": len(inputs)}):
             with self.builder.dataflow():
                 for node in program.nodes:
                     self._emit(node, table)
