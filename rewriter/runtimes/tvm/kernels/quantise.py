@@ -21,7 +21,9 @@ _MAGIC_BITS = 0x4B400000  # that number's bits
 
 @dataclass(frozen=True)
 class Quantise:
-    """Rows over the last axis of `shape` in `precision`, padded with zeros to a multiple of `multiple` words.
+    """Rows over the last axis of `shape` in `precision`, padded to a multiple of `multiple` words.
+
+    Padding is finite, and zero in bfloat16: rows of B that it meets are zero.
 
     int8: unsigned bytes ``round(x / scale + zero)``, with ``scale = (high - low) / 254`` and ``zero = round(-low /
     scale)`` per row, where low and high are the least and largest of the row and 0. `unpacked` gives the numbers that
