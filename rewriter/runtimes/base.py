@@ -84,6 +84,13 @@ class Caching(Protocol):
     cache: Path | None
 
 
+@runtime_checkable
+class Calibrated(Protocol):
+    """A runtime whose `build` chooses number formats by looking at samples: an ``.npz`` of inputs, samples first."""
+
+    samples: Path | None
+
+
 def named(spec: str) -> Any:
     """The object that ``package.module:attribute`` names. Raises ImportError or AttributeError like an import would."""
     from importlib import import_module

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.core.target import Target
-from rewriter.runtimes.base import Caching, Executable, Feeds, of_spec
+from rewriter.runtimes.base import Caching, Calibrated, Executable, Feeds, of_spec
 from rewriter.runtimes.worker_main import fetch, store
 
 
@@ -18,13 +18,19 @@ def build(
     folder: Path,
     target: Target,
     cache: Path | None = None,
+    samples: Path | None = None,
 ) -> Path:
-    """Build an artifact from a saved graph, with composites or without; `cache` keeps compiled code."""
+    """Build an artifact from a saved graph, with composites or without.
+
+    `cache` keeps compiled code; `samples` are inputs to calibrate on, for runtimes that do.
+    """
     from rewriter.graph.onnx import load as load_graph
 
     engine = of_spec(runtime)
     if isinstance(engine, Caching):
         engine.cache = cache
+    if isinstance(engine, Calibrated):
+        engine.samples = samples
     return engine.build(load_graph(model), shapes, folder, target)
 
 
