@@ -15,7 +15,8 @@ from rewriter.graph.composites import composite
 class Builder:
     """Collects nodes and constants; `lookup` gives the values of the graph that the nodes read.
 
-    Float64 constants are rounded to `dtype`; without one they stay, for checks in float64.
+    Float64 constants are rounded to `dtype`; without one they stay, for checks in float64. `old_caches` says that what
+    the graph holds in caches has the sizes from before a rewrite.
     """
 
     def __init__(
@@ -24,8 +25,10 @@ class Builder:
         opset: int,
         lookup: Callable[[str], ir.Value],
         dtype: np.dtype[np.generic] | None = None,
+        old_caches: bool = False,
     ) -> None:
         self.prefix, self.opset, self._lookup, self.dtype = prefix, opset, lookup, dtype
+        self.old_caches = old_caches
         self.nodes: list[ir.Node] = []
         self.constants: dict[str, Array] = {}
         self._values: dict[str, ir.Value] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from rewriter.attention.asides import write
 from rewriter.attention.build import Builder
 from rewriter.attention.element_types import as_computed
+from rewriter.attention.emit_cache import read_past
 from rewriter.attention.emit_linear import emit_linear_site, linear, read_source, write_output
 from rewriter.attention.emit_packed import has_steps, packed_operands
 from rewriter.attention.emit_window import near
@@ -138,7 +139,8 @@ def _beyond_linear(b: Builder, projection: Projection, flat: str, heads: int, ro
     if norm is not None and late:
         value = _head_norm(b, norm, value, role, final)
     if projection.past:
-        value = b.op("Concat", projection.past, value, output="" if projection.places else projection.present, axis=2)
+        past, joined = read_past(b, projection), "" if projection.places else projection.present
+        value = b.op("Concat", past, value, output=joined, axis=2)
     return _placed(b, projection, value) if projection.places else value
 
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter.attention.build import Builder
+from rewriter.attention.caches import resize
 from rewriter.attention.emit import emit
 from rewriter.attention.paths import Paths
 from rewriter.attention.shapes import free_shapes, install
@@ -27,7 +28,7 @@ from rewriter.graph.stepper import Fragment
 def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxGraph:
     """A new graph with composites in place of the sites' regions. The given graph stays as it is.
 
-    Inputs, outputs, dtypes and dynamic axes are unchanged; weights are the sites' own, rounded to the graph's float
+    Inputs, outputs, dtypes and dynamic axes are unchanged, but for caches whose sizes a rewrite changed; weights are the sites' own, rounded to the graph's float
     dtype unless `exact` (only for checks in float64). Raises `Refused` for a site
     without an output projection, `ModelError` for a site of another graph.
     """
@@ -39,6 +40,7 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
         builder = Builder(site.id, lowered.opset, partial(_known, known, lowered), dtype)
         emit(builder, paths, site)
         install(lowered, builder, known)
+        resize(lowered, site)
     lowered.model.graph.sort()
     free_shapes(graph, lowered)
     lowered.model.graph.sort()
@@ -50,13 +52,16 @@ def _known(known: dict[str, ir.Value], graph: OnnxGraph, name: str) -> ir.Value:
     return known[name] if name in known else graph.value(name)
 
 
-def fragment(graph: OnnxGraph, site: Site, exact: bool = False, paths: Paths | None = None) -> Fragment:
+def fragment(
+    graph: OnnxGraph, site: Site, exact: bool = False, paths: Paths | None = None, old_caches: bool = True
+) -> Fragment:
     """One site as nodes of its own, to run on top of the graph's values. Its output is the site's result.
 
-    A cache that the site makes is made anew as well. `paths` spares finding them again. Raises like `lower`.
+    A cache that the site makes is made anew as well; one that it reads has the sizes it had in the graph, and is
+    mapped to its own, unless `old_caches` is False. `paths` spares finding them again. Raises like `lower`.
     """
     dtype = None if exact else float_dtype(graph)
-    builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name), dtype)
+    builder = Builder(site.id, graph.opset, lambda name: ir.Value(name=graph.value(name).name), dtype, old_caches)
     emit(builder, partial(Paths, graph) if paths is None else lambda: paths, site)
     return Fragment(tuple(builder.nodes), builder.constants, (result_of(site),))
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from rewriter.attention.caches import with_cache_problems
 from rewriter.attention.control_flow import Inlined, inlined
 from rewriter.attention.dequantise import dequantised, is_quantised
 from rewriter.attention.failures import named
@@ -109,7 +110,7 @@ def _recognise(graph: OnnxGraph, feeds: Mapping[str, np.ndarray] | None, seed: i
     sites, unrecognised = _judged(trace, judge)
     native = Native(graph, paths)
     together = _judged_together(judge, sites, third.feeds)
-    sites = [with_own_weights(site, trace.recipes, native.matrix) for site in together]
+    sites = [with_own_weights(site, trace.recipes, native.matrix) for site in with_cache_problems(graph, together)]
     attention = tuple(site for site in sites if isinstance(site, AttentionSite))
     feed_forward = tuple(site for site in sites if isinstance(site, FeedForwardSite))
     return Recognition(attention, feed_forward, unrecognised)
