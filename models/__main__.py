@@ -1,4 +1,7 @@
-"""``python -m models minilm -o build/minilm``: a real pretrained model as ONNX, with tokenizer and data beside it."""
+"""``python -m models minilm -o build/minilm``: a real pretrained model as ONNX, with tokenizer and data beside it.
+
+``python -m models decoder`` and ``vit`` write models of a realistic size with random weights, for timing.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ from rewriter.core.errors import ExitCode, UserError
 def main(arguments: list[str] | None = None) -> int:
     """Build what was asked for; returns an exit code."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
-    parser.add_argument("model", choices=["minilm"], help="which model to build")
+    parser.add_argument("model", choices=["minilm", "decoder", "vit"], help="which model to build")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="which texts are drawn into which split (default 0)")
     options = parser.parse_args(arguments)
     try:
-        build_minilm(options.output, options.seed)
+        if options.model == "minilm":
+            build_minilm(options.output, options.seed)
+        else:
+            build_sized(options.model, options.output, options.seed)
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return int(problem.exit_code)
@@ -45,6 +51,13 @@ def build_minilm(folder: Path, seed: int) -> None:
         archive.result()
     write_data(folder, seed)
     print(f"done in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def build_sized(name: str, folder: Path, seed: int) -> None:
+    """Write one of the models of `models.sized`."""
+    from models import sized
+
+    print(f"wrote {sized.build(name, folder, seed)}", flush=True)
 
 
 def write_data(folder: Path, seed: int) -> None:

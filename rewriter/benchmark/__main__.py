@@ -1,5 +1,7 @@
 """``python -m rewriter.benchmark FOLDER``: one interleaved race of a model under every runtime, as a Markdown table.
 
+``python -m rewriter.benchmark works`` races the exact graph at many sizes against everybody else's runtime.
+
 FOLDER holds ``*.onnx`` with ``data.npz`` (as ``python -m models`` writes) and, where `optimize` was run,
 ``optimized/``. Not a test: it prints what it measured, with intervals and the machine's state.
 """
@@ -9,8 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from rewriter.benchmark import works_command
 from rewriter.benchmark.race_table import Entrant, race_table
 from rewriter.core.errors import UserError
 from rewriter.core.options import parse_shape
@@ -18,6 +22,21 @@ from rewriter.core.options import parse_shape
 
 def main() -> int:
     """Parse, race, print."""
+    if sys.argv[1:2] == ["works"]:
+        return _guarded(lambda: works_command.main(sys.argv[2:]))
+    return _guarded(_folder)
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _folder() -> int:
+    """One model and what `optimize` made of it."""
     parser = argparse.ArgumentParser(
         prog="python -m rewriter.benchmark", description=(__doc__ or "").partition("\n")[0]
     )
@@ -28,13 +47,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of racing")
     parsed = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            shapes = dict(parse_shape(text) for text in parsed.shape)
-            table, _ = race_table(parsed.folder, Path(scratch), shapes, parsed.threads, parsed.budget)
-    except UserError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        shapes = dict(parse_shape(text) for text in parsed.shape)
+        table, _ = race_table(parsed.folder, Path(scratch), shapes, parsed.threads, parsed.budget)
     print(table)
     return 0
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from rewriter.benchmark.writer import Writer
 
 _BLOCK = 2**22  # random numbers, written again and again
 
@@ -124,36 +124,18 @@ def _feed_forward(w: _Writer, sizes: Sizes, x: str) -> str:
     return w.node("MatMul", hidden, w.matrix("down", sizes.hidden, sizes.width))
 
 
-class _Writer:
-    """Collects nodes and small constants; matrices go to the data file as they are named."""
+class _Writer(Writer):
+    """Matrices go to the data file as they are named."""
 
     def __init__(self, data: Path, seed: int) -> None:
-        self.prefix = ""
-        self._nodes: list[onnx.NodeProto] = []
-        self._tensors: list[TensorProto] = []
+        super().__init__()
         self._numbers = np.random.default_rng(seed).standard_normal(_BLOCK, np.float32).tobytes()
         self._data, self._offset = data, 0
         data.unlink(missing_ok=True)
         data.touch()
 
-    def node(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        output = output or f"{self.prefix}{kind}_{len(self._nodes)}"
-        self._nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def constant(self, array: np.ndarray) -> str:
-        name = f"constant_{len(self._tensors)}"
-        self._tensors.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
-
-    def ints(self, *numbers: int) -> str:
-        return self.constant(np.array(numbers, np.int64))
-
-    def number(self, value: float) -> str:
-        return self.constant(np.array(value, np.float32))
-
     def vector(self, hint: str, size: int) -> str:
-        random = np.random.default_rng(len(self._tensors))
+        random = np.random.default_rng(len(self.tensors))
         return self.constant((1.0 + 0.1 * random.standard_normal(size)).astype(np.float32))
 
     def matrix(self, hint: str, rows: int, columns: int) -> str:
@@ -166,13 +148,13 @@ class _Writer:
             for start in range(0, length, len(self._numbers)):
                 file.write(self._numbers[: min(len(self._numbers), length - start)])
         self._offset += length
-        self._tensors.append(tensor)
+        self.tensors.append(tensor)
         return name
 
     def save(self, path: Path, vocabulary: int) -> None:
         sizes: Sequence[str | int] = ("batch", "tokens")
         inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, sizes) for n in ("input_ids", "attention_mask")]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*sizes, vocabulary])]
-        graph = helper.make_graph(self._nodes, "decoder", inputs, outputs, self._tensors)
+        graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.tensors)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
         path.write_bytes(model.SerializeToString())
