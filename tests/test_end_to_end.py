@@ -18,6 +18,7 @@ import pytest
 
 import rewriter
 from rewriter.cli import main
+from rewriter.search import run as search_run
 
 SCHEMA = json.loads((Path(rewriter.__file__).parent / "report" / "schema.json").read_text())
 
@@ -127,6 +128,19 @@ def test_the_plan_rebuilds_the_same_graph_without_data(
     words += ["-o", tmp_path / "again", "--cache-dir", tmp_path / "cache"]
     assert main([str(word) for word in words]) == 0
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (optimised / "model.onnx").read_bytes()
+
+
+def test_a_second_search_assembles_and_prices_nothing(
+    optimised: Path, report: dict, encoder: Path, encoder_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("assemble", "price_options"):
+        monkeypatch.setattr(search_run, name, lambda *_, **__: pytest.fail("computed again"))
+    words = [encoder, "--target", "llvm", "--data", encoder_data, "--max-drop", "20%", "--effort", "quick"]
+    words += ["-o", tmp_path / "again", "--cache-dir", optimised.parent / "cache"]
+    assert main([str(word) for word in words]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert any("results of earlier runs" in note for note in again["notes"])
+    assert not any("results of earlier runs" in note for note in report["notes"])
 
 
 def test_verify_agrees(optimised: Path, encoder: Path, encoder_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from rewriter.runtimes.workers import WorkerFailure
 from rewriter.search.candidates import all_candidates
 from rewriter.search.chain import signature
 from rewriter.search.cost import CostTable, Priced
+from rewriter.search.journal import Journal
 from rewriter.search.problem import Options, Problem
 from rewriter.search.refine import UNIFORM, Trial, refine
 from rewriter.search.scoring import Scorer, spread
@@ -77,6 +78,15 @@ class Search:
     latencies_s: dict[str, dict[Options, float]] = field(default_factory=dict)
     problem: Problem | None = None
     started_s: float = field(default_factory=time.monotonic)
+    journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        session, scorer, splits = self.session, self.scorer, self.session.splits
+        assert splits is not None
+        data = {"calibrate": splits.calibrate.content_hash(), "select": scorer.data.content_hash()}
+        how = {"metric": scorer.metric.name, "crop": scorer.crop, "seed": session.options.seed}
+        exact = {site: list(map(str, options)) for site, options in self.exact.items()}
+        self.journal = Journal(session.cache, session.graph, {**data, **how, "exact": exact})
 
     @property
     def budget(self) -> float:
@@ -109,6 +119,8 @@ def search(session: Session, scorer: Scorer, sites: Sequence[Site], exact: Mappi
     state.problem = build_problem(state.latencies_s, errors, slope)
     with session.progress.stage("assembly", "solving, assembling bottom-up and scoring whole variants"):
         _trials(state, state.problem, size)
+    if state.journal.hits:
+        session.notes.append(f"{state.journal.hits} results of earlier runs on this model and data were used again")
     return state
 
 
@@ -129,13 +141,18 @@ def _positions(data: Dataset) -> int:
 def _local_errors(state: Search, found: Mapping[str, Sequence[Options]], tokens: int) -> LocalErrors:
     session = state.session
     assert session.splits is not None
-    batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, session.options.seed)
+    splits, advance = session.splits, session.progress.advance
     priced = {
         site: list(dict.fromkeys(c[:-1] if _compound(c) else c for c in combinations))
         for site, combinations in found.items()
     }
-    passes, advance = session.selection.passes, session.progress.advance
-    errors = price_options(session.graph, state.sites, priced, passes, batches, advance=lambda done, _: advance(done))
+
+    def price(wanted: Mapping[str, Sequence[Options]]) -> LocalErrors:
+        batches = calibration_batches(splits.calibrate, tokens, state.scorer.crop, session.options.seed)
+        passes = session.selection.passes
+        return price_options(session.graph, state.sites, wanted, passes, batches, advance=lambda d, _: advance(d))
+
+    errors = state.journal.errors(priced, {"tokens": tokens}, price)
     for site, combinations in found.items():
         # Rounding errors add to those of cuts (measured: 0.14 points alone and on top of a 60 % mix alike).
         alone = errors[site]
@@ -216,7 +233,11 @@ def _slopes(state: Search, errors: LocalErrors, size: Size) -> dict[str, float]:
     batches = calibration_batches(session.splits.calibrate, tokens, state.scorer.crop, seed)
 
     def damage(plan: Plan) -> float:
-        variant = _assembled(state, "probe", plan, batches, batches[-1:])
+        question = {"damage": str(plan), "tokens": tokens, "samples": size.slope_samples}
+        return state.journal.number(question, lambda: scored(plan))
+
+    def scored(plan: Plan) -> float:
+        variant = _variant(state, "probe", plan, _assembled(state, plan, batches, batches[-1:]))
         return state.scorer.paired(variant.graph, size.slope_samples).drop
 
     return slopes(errors, damage, session.progress.advance)
@@ -224,19 +245,30 @@ def _slopes(state: Search, errors: LocalErrors, size: Size) -> dict[str, float]:
 
 def _trials(state: Search, problem: Problem, size: Size) -> None:
     session = state.session
-    drafts, finals = (_halves(state, tokens) for tokens in (size.draft_tokens, size.tokens))
 
     def damage(name: str, plan: Plan) -> float:
         # The uniform rival comes last and is a check on the search: a draft is enough for it.
-        fit, choose = drafts if len(state.variants) < size.drafts or name == UNIFORM else finals
-        variant = _assembled(state, name, plan, fit, choose)
+        draft = len(state.variants) < size.drafts or name == UNIFORM
+        variant = _solved(state, name, plan, size.draft_tokens if draft else size.tokens)
         state.variants[name] = variant
-        state.paired[name] = state.scorer.paired(variant.graph)
+        question = {"tokens": size.draft_tokens if draft else size.tokens}
+        state.paired[name] = state.journal.paired(plan, question, lambda: state.scorer.paired(variant.graph))
         lost = state.paired[name].drop
         session.progress.advance(len(state.variants) / (size.assemblies + 1), f"{name}: {100 * lost:.3f} points lost")
         return lost
 
     state.trials = refine(problem, damage, _AIM * state.budget, size.assemblies, state.out_of_time)
+
+
+def _solved(state: Search, name: str, plan: Plan, tokens: int) -> Variant:
+    """A whole variant with weights fitted on about this many tokens, now or in an earlier run."""
+
+    def compute() -> Mapping[str, Site]:
+        fit, choose = _halves(state, tokens)
+        return _assembled(state, plan, fit, choose)
+
+    sites = state.journal.variant(plan, {"tokens": tokens}, state.session.lowerable, compute)
+    return _variant(state, name, plan, sites)
 
 
 def _halves(state: Search, tokens: int) -> tuple[list[Feeds], list[Feeds]]:
@@ -249,10 +281,13 @@ def _halves(state: Search, tokens: int) -> tuple[list[Feeds], list[Feeds]]:
     return [batches[i] for i in rows[held_out:]], [batches[i] for i in rows[:held_out]]
 
 
-def _assembled(state: Search, name: str, plan: Plan, batches: Sequence[Feeds], choose: Sequence[Feeds]) -> Variant:
+def _assembled(state: Search, plan: Plan, batches: Sequence[Feeds], choose: Sequence[Feeds]) -> Mapping[str, Site]:
     session = state.session
     # Re-solving unchanged blocks above the first change costs 15 % more and gained nothing (measured on MiniLM).
     passes = session.selection.passes
-    built = assemble(session.graph, state.sites, plan, passes, batches, choose, resolve="changed")
-    order = [site.id for site in session.recognition.sites]
-    return Variant.of(name, session.graph, merge(state.exact, plan, order), built.sites.values())
+    return assemble(session.graph, state.sites, plan, passes, batches, choose, resolve="changed").sites
+
+
+def _variant(state: Search, name: str, plan: Plan, sites: Mapping[str, Site]) -> Variant:
+    order = [site.id for site in state.session.recognition.sites]
+    return Variant.of(name, state.session.graph, merge(state.exact, plan, order), sites.values())
