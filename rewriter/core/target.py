@@ -48,9 +48,13 @@ class Target:
         return precision == "fp32" or PRECISION_FEATURES.get(precision) in self.features
 
     def has_matrix_unit(self, precision: str) -> bool:
-        """Whether kernels may multiply this format on matrix tiles (AMX); their epilogues are of AVX-512."""
+        """Whether kernels may multiply this format on matrix tiles (AMX); their epilogues are of AVX-512.
+
+        Not on a device behind a tracker: nobody asks for permission in the server's process.
+        """
         needed = MATRIX_FEATURES.get(precision, ())
-        return bool(needed) and self.vector_floats == 16 and set(needed) <= set(self.features)
+        able = self.vector_floats == 16 and not self.remote
+        return able and bool(needed) and set(needed) <= set(self.features)
 
     def key(self) -> dict[str, Any]:
         """What makes measurements on two targets comparable: everything but where the facts were read."""

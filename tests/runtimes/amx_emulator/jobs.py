@@ -110,10 +110,11 @@ def build_and_run(
     return outputs, {name: count - before[name] for name, count in counts().items()}
 
 
-def load_without_permission(folder: Path) -> None:
-    """Load an artifact where the processor has AMX and the system gives no permission."""
-    from rewriter.runtimes.tvm.load import load
+def peak(precision: Any, turns: int = 3, repeats: int = 2) -> tuple[float, dict[str, int], int]:
+    """The measured peak, the tile instructions of measuring it, and the operations of one call."""
+    from rewriter.runtimes.tvm import amx_peak
+    from rewriter.runtimes.tvm.kernels.amx_peak import operations
 
-    emulator()
-    amx.permitted = lambda: False  # type: ignore[assignment]
-    load(folder)
+    here, before = local(), counts()
+    rate = amx_peak.products_per_s(here, precision, turns, repeats)
+    return rate, {name: count - before[name] for name, count in counts().items()}, operations(turns, precision)

@@ -79,8 +79,8 @@ def _signature(entry: Entry) -> str:
     return f"int {entry.function}({', '.join(arguments)})"
 
 
-def model(entries: Sequence[Entry], symbols: Mapping[str, str], constants: bytes) -> str:
-    """``model.c``: one function per routine, calling kernels by their C symbols."""
+def model(entries: Sequence[Entry], symbols: Mapping[str, str], constants: bytes, tiles: bool) -> str:
+    """``model.c``: one function per routine, calling kernels by their C symbols. `tiles`: whether any uses AMX."""
     lines = ['#include "runtime.h"', '#include "model.h"', ""]
     content = ",".join(map(str, constants)) or "0"
     lines += [f"static const unsigned char constants[] __attribute__((aligned(64))) = {{{content}}};", ""]
@@ -88,7 +88,7 @@ def model(entries: Sequence[Entry], symbols: Mapping[str, str], constants: bytes
     lines += [f"extern kernel_function {symbols[name]};" for name in used]
     for entry in entries:
         lines += ["", _signature(entry), "{", "  (void)constants;"]
-        lines.append("  if (!runtime_ready(weights, workspace)) return -1;")
+        lines.append(f"  if (!runtime_ready(weights, workspace, {int(tiles)})) return -1;")
         for name, region in zip(entry.inputs, entry.routine.inputs, strict=True):
             lines.append(f"  memcpy({_address(region)}, {name}, {region.nbytes});")
         for step in entry.routine.steps:

@@ -19,6 +19,7 @@ from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.tvm.compile import Module, function_name, lower
 from rewriter.runtimes.tvm.embedded import code
 from rewriter.runtimes.tvm.embedded.steps import Reader, Region, aligned, planned
+from rewriter.runtimes.tvm.kernels.amx import required
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.tvm.tiles import Tiles
 from rewriter.runtimes.tvm.toolchain import archiver, c_compiler, run
@@ -109,7 +110,8 @@ def _compile(
 
     built.export_library(str(work / "unused.so"), fcompile=keep)
     (work / "model.h").write_text(code.header(entries, 0, ""))
-    (work / "model.c").write_text(code.model(entries, symbols, _content(constants)))
+    tiles = bool(required(kernels.values()))
+    (work / "model.c").write_text(code.model(entries, symbols, _content(constants), tiles))
     for name in ("runtime.h", "runtime.c"):
         (work / name).write_text(files(__package__).joinpath(name).read_text())
     for name in ("model", "runtime"):

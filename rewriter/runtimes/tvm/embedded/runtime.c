@@ -1,6 +1,10 @@
 /* The part of TVM's runtime that kernels for one thread call: workspace, parallel loops run in turn, errors. */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include "runtime.h"
+#if defined(__linux__) && defined(__x86_64__)
+#include <unistd.h>
+#endif
 
 enum { MOST_OPERANDS = 64, TENSOR_POINTER = 7 };
 
@@ -63,7 +67,21 @@ extern int (*__TVMBackendFreeWorkspace)(int, int, void *) __attribute__((weak));
 extern int (*__TVMBackendParallelLaunch)(task_function *, void *, int) __attribute__((weak));
 extern int (*__TVMBackendParallelBarrier)(int, Group *) __attribute__((weak));
 
-int runtime_ready(const void *weights, const void *workspace)
+/* Linux grants the tile registers of AMX to processes that ask; threads started later share it. */
+static int tiles_permitted(void)
+{
+#if defined(__linux__) && defined(__x86_64__)
+  enum { ARCH_PRCTL = 158, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+  static int asked, permitted;
+  if (!asked) permitted = syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0;
+  asked = 1;
+  return permitted;
+#else
+  return 0;
+#endif
+}
+
+int runtime_ready(const void *weights, const void *workspace, int tiles)
 {
   if (&__TVMBackendAllocWorkspace) __TVMBackendAllocWorkspace = TVMBackendAllocWorkspace;
   if (&__TVMBackendFreeWorkspace) __TVMBackendFreeWorkspace = TVMBackendFreeWorkspace;
@@ -71,6 +89,7 @@ int runtime_ready(const void *weights, const void *workspace)
   if (&__TVMBackendParallelBarrier) __TVMBackendParallelBarrier = TVMBackendParallelBarrier;
   if (!weights || !workspace) return fail("weights and workspace must be given");
   if ((uintptr_t)weights % 64 || (uintptr_t)workspace % 64) return fail("weights or workspace is not 64-byte aligned");
+  if (tiles && !tiles_permitted()) return fail("built for AMX, which this processor or its kernel does not permit");
   return 1;
 }
 

@@ -23,6 +23,7 @@ static inline DLTensor tensor(void *data, int ndim, int code, int bits, int64_t 
   return made;
 }
 
-int runtime_ready(const void *weights, const void *workspace);
+/* `tiles`: whether kernels use AMX, which the system must permit. */
+int runtime_ready(const void *weights, const void *workspace, int tiles);
 int runtime_call(kernel_function *kernel, DLTensor *operands, int count);
 #endif
