@@ -64,21 +64,39 @@ class Attention:
     empty_rows: Literal["nan", "zero"] = "nan"
     lanes: int = 16
     threads: int = 1
+    kept: Bias | None = None  # of kind bool: where False, the bias alone is the score
+    sink: bool = False  # a logit per head that every row of the softmax holds beside its keys, with no value
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return len(self.query_head_of)
 
+    @property
+    def repeats(self) -> int:
+        """How many neighbouring query heads read the same keys and values, in all groups alike."""
+        pairs = list(zip(self.key_head_of, self.value_head_of, strict=True))
+        sizes = (size for size in range(self.heads, 0, -1) if self.heads % size == 0)
+        return next(s for s in sizes if all(pair == pairs[h - h % s] for h, pair in enumerate(pairs)))
+
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` x `vectors` registers; `queries` rows at a time; up to `keys` keys per block."""
+    """`rows` x `vectors` registers; `queries` rows, whole tiles of them, at a time; up to `keys` keys per block."""
 
     rows: int = 12
     vectors: int = 2
     queries: int = 24
     keys: int = 256
+
+
+def splits_of(attention: Attention, units: int) -> int:
+    """In how many parts the queries of a group of heads are dealt out, so that every thread gets its share."""
+    items = attention.B * attention.heads // attention.repeats
+    enough = (
+        n for n in range(1, units + 1) if items * n % attention.threads == 0 or items * n >= 8 * attention.threads
+    )
+    return next(enough, units)
 
 
 def pick(table: tuple[int, ...], head: Index) -> Index:

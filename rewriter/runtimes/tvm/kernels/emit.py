@@ -46,8 +46,11 @@ def loop(count: int | Expression, parallel: bool = False) -> AbstractContextMana
 
 
 def scratch(shape: Sequence[int], dtype: str = "float32", registers: bool = False) -> Buffer:
-    """Memory of the enclosing block; `registers` for small arrays that are only indexed by constants."""
-    return T.sblock_alloc_buffer(tuple(shape), dtype, scope="local" if registers else "global")
+    """Memory from here to the end of the enclosing body; `registers` for small arrays indexed by constants only.
+
+    Not memory of a block: TVM would spend more than half of its time on how much of it is used (measured).
+    """
+    return T.alloc_buffer(tuple(shape), dtype, scope="local" if registers else "global")
 
 
 def flat(buffer: Buffer, shape: Sequence[int], dtype: str = "float32") -> Buffer:

@@ -2,7 +2,8 @@
 
 Scores of a few queries against a block of keys stay in L1; with more than one block of keys, running maximum and sum
 rescale what was accumulated (M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018;
-T. Dao et al., "FlashAttention", 2022). Operands are read where projections left them, through strides.
+T. Dao et al., "FlashAttention", 2022). Operands are read where projections left them, through strides; keys and values
+are packed once for all query heads that share them. Panels of keys that the mask hides are left out (`skipping`).
 """
 
 from __future__ import annotations
@@ -13,32 +14,30 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from rewriter.runtimes.tvm.kernels import emit, skipping, vectors
-from rewriter.runtimes.tvm.kernels.attention import Attention, Operand, Tile, pick
+from rewriter.runtimes.tvm.kernels import emit, packing, skipping, vectors
+from rewriter.runtimes.tvm.kernels.attention import Attention, Bias, Operand, Tile, pick, splits_of
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec
-from rewriter.runtimes.tvm.kernels.expressions import exp, tanh
+from rewriter.runtimes.tvm.kernels.expressions import exp_below_one, tanh
 
 LOWEST = float(np.finfo(np.float32).min)
+Argument = tuple[str, tuple[int, ...], str]
 
 
 def make_flash(attention: Attention, tile: Tile, name: str = "flash") -> Any:
-    """PrimFunc (Q, K, V, bias?, O (B, S, H * Dv)); the same packed buffer may be given for Q, K and V."""
+    """PrimFunc (Q, K, V, bias?, kept?, sink?, O (B, S, H * Dv)); one packed buffer may be given for Q, K and V."""
     return emit.prim_func(name, arguments_of(attention), 1, FlashWriter(attention, tile).body)
 
 
-def arguments_of(attention: Attention) -> list[tuple[str, tuple[int, ...], str]]:
+def arguments_of(attention: Attention) -> list[Argument]:
     """(name, shape, dtype) of what an attention kernel takes."""
     operands = (("q", attention.query), ("k", attention.key), ("v", attention.value))
     arguments = [(name, operand.shape, "float32") for name, operand in operands]
-    if attention.bias is not None:
-        arguments.append(("bias", attention.bias.shape, attention.bias.dtype))
-    width = attention.heads * attention.value.dim
-    arguments.append(("o", (attention.B, attention.S, width), "float32"))
-    return arguments
-
-
-def _flat(buffer: Buffer, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
-    return emit.flat(buffer, (prod(shape),), dtype)
+    for name, bias in (("bias", attention.bias), ("kept", attention.kept)):
+        if bias is not None:
+            arguments.append((name, bias.shape, bias.dtype))
+    if attention.sink:
+        arguments.append(("sink", (attention.heads,), "float32"))
+    return [*arguments, ("o", (attention.B, attention.S, attention.heads * attention.value.dim), "float32")]
 
 
 class FlashWriter:
@@ -47,278 +46,286 @@ class FlashWriter:
     def __init__(self, attention: Attention, tile: Tile) -> None:
         self.a, self.tile, self.lanes = attention, tile, attention.lanes
         self.width = self.lanes * tile.vectors
-        self.keys = min(-(-tile.keys // self.width) * self.width, -(-attention.T // self.width) * self.width)
-        self.blocks = -(-attention.T // self.keys)
-        self.padded = -(-attention.T // self.width) * self.width
+        self.panels = -(-attention.T // self.width)
+        self.per_block = min(max(1, tile.keys // self.width), self.panels)
+        self.keys = self.per_block * self.width
+        self.parts = -(-attention.S // tile.queries)
         self.out_vectors = -(-attention.value.dim // self.lanes)
+        self.skips = skipping.can_skip(self)
+        # Maximum, sum and result are carried from block to block; else the only block writes them.
+        self.running = self.per_block < self.panels or self.skips or attention.sink
 
     def body(self, *buffers: Buffer) -> None:
-        """One head at a time."""
+        """Items of work are groups of heads that share keys and values, in as many splits as threads need."""
         a, rest = self.a, list(buffers)
-        self.Q = _flat(rest.pop(0), a.query.shape)
-        self.K = _flat(rest.pop(0), a.key.shape)
-        self.V = _flat(rest.pop(0), a.value.shape)
-        self.M: Buffer = None if a.bias is None else _flat(rest.pop(0), a.bias.shape, a.bias.dtype)
+        self.Q, self.K, self.V = (_flat(rest.pop(0), operand.shape) for operand in (a.query, a.key, a.value))
+        self.M, self.kept = (None if b is None else _flat(rest.pop(0), b.shape, b.dtype) for b in (a.bias, a.kept))
+        self.sink: Buffer = rest.pop(0) if a.sink else None
         self.O = _flat(rest.pop(0), (a.B, a.S, a.heads * a.value.dim))
-        with loop(a.B * a.heads, parallel=a.threads > 1) as item, T.sblock("head"):
-            self.batch, self.head = (T.int32(0), item) if a.B == 1 else (T.floordiv(item, a.heads), item % a.heads)
-            self._head()
+        if self.skips:
+            skipping.list_panels(self)
+        repeats, units = a.repeats, a.repeats * self.parts
+        groups, splits = a.heads // repeats, splits_of(a, units)
+        with loop(a.B * groups * splits, parallel=a.threads > 1) as item, T.sblock("group"):
+            self.batch = T.int32(0) if a.B == 1 else T.bind(T.floordiv(item, groups * splits))
+            group = T.bind(T.floordiv(item, splits) % groups)
+            self.head: Index = group * repeats
+            self._make_scratch()
+            self.pack()
+            split = item % splits
+            with loop(T.floordiv(units - 1 - split, splits) + 1 if splits > 1 else units) as turn:
+                unit = T.bind(turn * splits + split)
+                self.head = T.bind(group * repeats + T.floordiv(unit, self.parts))
+                self._queries(T.bind(unit % self.parts))
 
-    def _at(self, operand: Operand, table: tuple[int, ...], token: Index) -> Index:
-        head = pick(table, self.head)
-        return self.batch * operand.batch + head * operand.head + (operand.offset + token * operand.token)
+    def origin(self, operand: Operand, table: tuple[int, ...]) -> Index:
+        """Where the tokens of this batch and head begin."""
+        return T.bind(self.batch * operand.batch + pick(table, self.head) * operand.head + operand.offset)
 
-    def _head(self) -> None:
+    def _make_scratch(self) -> None:
         tile, lanes = self.tile, self.lanes
-        self._make_operands()
-        self.P = scratch((tile.queries, self.keys))
+        self.make_operands()
+        # Rows are not a power of two apart: they would share a few sets of the cache.
+        self.P = scratch((tile.queries, self.keys + lanes))
         self.top = scratch((tile.queries, lanes))
         self.total = scratch((tile.queries, lanes))
         self.partial = scratch((tile.queries, self.out_vectors * lanes))
         most = max(tile.vectors, min(self.out_vectors, 4))
         self.acc = scratch((tile.rows * most, lanes), registers=True)
-        self.work = scratch((4, lanes), registers=True)
+        self.work = scratch((max(4, tile.vectors), lanes), registers=True)
         self.tail = scratch((lanes,), registers=True)
-        self.hidden = scratch((2, lanes), registers=True)
-        self._pack_keys()
-        self._pack_values()
-        full, left = emit.split(self.a.S, tile.queries)
-        if full:
-            with loop(full) as part:
-                self._queries(part * tile.queries, tile.queries)
-        if left:
-            self._queries(full * tile.queries, left)
 
-    def _make_operands(self) -> None:
-        self.Kt = scratch((self.padded // self.width, self.a.key.dim, self.width))
-        self.Vp = scratch((self.a.T, self.out_vectors * self.lanes))
+    # ---- operands: what other number formats replace
 
-    # ---- packing
+    def make_operands(self) -> None:
+        """Packed keys, values and queries."""
+        self.Kt = scratch((self.panels, self.a.key.dim, self.width))
+        self.Vp = scratch((self.panels * self.width, self.out_vectors * self.lanes))
+        self.Qp = scratch((self.tile.queries, self.a.query.dim))
 
-    def _pack_keys(self) -> None:
-        """K of this head, scaled, transposed into panels; keys beyond T are zero."""
-        lanes, square = self.lanes, scratch((self.lanes, self.lanes), registers=True)
-        full, left = emit.split(self.a.T, lanes)
-        dims, rest = emit.split(self.a.key.dim, lanes)
-        if full and dims:
-            with loop(full) as strip, loop(dims) as part:
-                for row in range(lanes):
-                    at = self._at(self.a.key, self.a.key_head_of, strip * lanes + row) + part * lanes
-                    store(square, self.K[vec(at, lanes)] * splat(self.a.scale, lanes), row, vec(0, lanes))
-                vectors.transpose(square, lanes)
-                for row in range(lanes):
-                    store(
-                        self.Kt, square[row, vec(0, lanes)], *self._key_slot(strip * lanes, part * lanes + row, lanes)
-                    )
-        if full and rest:
-            self._pack_scalars(0, full * lanes, dims * lanes, self.a.key.dim)
-        if left:
-            self._pack_scalars(full * lanes, self.a.T, 0, self.a.key.dim)
-        if self.padded > self.a.T:
-            with loop(self.padded - self.a.T) as token, loop(self.a.key.dim) as dim:
-                store(self.Kt, T.float32(0), *self._key_slot(self.a.T + token, dim, 1))
+    def pack(self) -> None:
+        """Keys and values of this group."""
+        packing.pack_keys(self)
+        packing.pack_values(self)
 
-    def _key_slot(self, token: Index, dim: Index, lanes: int) -> tuple[Index, Index, Index]:
-        return T.floordiv(token, self.width), dim, vec(T.floormod(token, self.width), lanes)
-
-    def _pack_scalars(self, token: int, token_end: int, dim: int, dim_end: int) -> None:
-        with loop(token_end - token) as t, loop(dim_end - dim) as d:
-            value = self.K[self._at(self.a.key, self.a.key_head_of, token + t) + (dim + d)]
-            store(self.Kt, value * T.float32(self.a.scale), *self._key_slot(token + t, dim + d, 1))
-
-    def _pack_values(self) -> None:
-        """V of this head, contiguous, dims padded with zeros."""
-        lanes, (full, left) = self.lanes, emit.split(self.a.value.dim, self.lanes)
-        with loop(self.a.T) as token:
-            at = self._at(self.a.value, self.a.value_head_of, token)
-            for part in range(full):
-                store(self.Vp, self.V[vec(at + part * lanes, lanes)], token, vec(part * lanes, lanes))
-            if left:
-                tail = vectors.load_part(
-                    lambda lane: self.V[at + full * lanes + lane], left, self.tail, lanes, T.float32(0)
-                )
-                store(self.Vp, tail, token, vec(full * lanes, lanes))
-
-    # ---- a group of queries
-
-    def _queries(self, first: Index, count: int) -> None:
-        lanes = self.lanes
-        if self.blocks > 1:
-            with loop(count) as i:
-                store(self.top, splat(-T.infinity("float32"), lanes), i, vec(0, lanes))
-                store(self.total, emit.zero_for(lanes), i, vec(0, lanes))
-                for part in range(self.out_vectors):
-                    store(self.partial, emit.zero_for(lanes), i, vec(part * lanes, lanes))
-        full, left = emit.split(self.a.T, self.keys)
-        if full:
-            with loop(full) as block:
-                self._seen_block(first, count, block * self.keys, self.keys)
-        if left:
-            self._seen_block(first, count, full * self.keys, left)
-        self._write(first, count)
-
-    def _seen_block(self, first: Index, count: int, key: Index, keys: int) -> None:
-        if not skipping.can_skip(self):
-            self._block(first, count, key, keys)
-            return
-        with T.If(skipping.is_seen(self, first, count, key, keys)), T.Then():
-            self._block(first, count, key, keys)
-
-    def _block(self, first: Index, count: int, key: Index, keys: int) -> None:
-        for start, rows in self._row_tiles(count):
-            with start as row:
-                self._scores(first, row, rows, key, keys)
+    def take_queries(self, first: Index, count: Index) -> None:
+        """Queries side by side, whatever their strides."""
+        origin = self.origin(self.a.query, self.a.query_head_of)
         with loop(count) as row:
-            self._softmax(row, keys)
-        for start, rows in self._row_tiles(count):
-            with start as row:
-                self._values(row, rows, key, keys)
+            packing.copy_row(self, self.Q, origin + (first + row) * self.a.query.token, self.Qp, row, self.a.query.dim)
 
-    def _row_tiles(self, count: int) -> list[tuple[Any, int]]:
-        full, left = emit.split(count, self.tile.rows)
-        found: list[tuple[Any, int]] = []
-        if full:
-            found.append((_Scaled(full, self.tile.rows), self.tile.rows))
-        if left:
-            found.append((_Scaled(1, 0, full * self.tile.rows), left))
-        return found
-
-    def _scores(self, first: Index, row: Index, rows: int, key: Index, keys: int) -> None:
-        """P[row : row + rows] = cap(Q K^T) + bias for a block of keys, panel by panel."""
-        full, left = emit.split(keys, self.width)
-        if full:
-            with loop(full) as panel:
-                self._score_tile(first, row, rows, key, panel, self.width)
-        if left:
-            self._score_tile(first, row, rows, key, T.int32(full), left)
-
-    def _score_tile(self, first: Index, row: Index, rows: int, key: Index, panel: Index, live: int) -> None:
+    def score_sums(self, row: Index, rows: int, panel: Index) -> None:
+        """acc += Q[row : row + rows] times a panel of keys."""
         lanes, used = self.lanes, self.tile.vectors
-        for slot in range(rows * used):
-            store(self.acc, emit.zero_for(lanes), slot, vec(0, lanes))
-        self._score_sums(first, row, rows, key, panel)
-        for i in range(rows):
-            for n in range(used):
-                inside = max(0, min(lanes, live - n * lanes))
-                column = panel * self.width + n * lanes
-                value = self._biased(self.acc[i * used + n, vec(0, lanes)], first + row + i, key + column, inside)
-                store(self.P, value, row + i, vec(column, lanes))
-
-    def _score_sums(self, first: Index, row: Index, rows: int, key: Index, panel: Index) -> None:
-        lanes, used = self.lanes, self.tile.vectors
-        at = [self._at(self.a.query, self.a.query_head_of, first + row + i) for i in range(rows)]
         with loop(self.a.key.dim) as dim:
             for i in range(rows):
                 for n in range(used):
                     where = (i * used + n, vec(0, lanes))
-                    keys = self.Kt[T.floordiv(key, self.width) + panel, dim, vec(n * lanes, lanes)]
-                    store(self.acc, self.acc[where] + splat(self.Q[at[i] + dim], lanes) * keys, *where)
+                    product = splat(self.Qp[row + i, dim], lanes) * self.Kt[panel, dim, vec(n * lanes, lanes)]
+                    store(self.acc, self.acc[where] + product, *where)
+
+    def exponentials(self, row: Index, panels: Index) -> None:
+        """P[row] = exp(P[row] - work[1]); work[2] = their sum, still by lanes."""
+        lanes, every = self.lanes, vec(0, self.lanes)
+        with loop(panels * self.tile.vectors) as part:
+            at = vec(part * lanes, lanes)
+            store(self.P, exp_below_one(self.P[row, at] - self.work[1, every], lanes), row, at)
+            store(self.work, self.work[2, every] + self.P[row, at], 2, every)
+
+    def value_sums(self, row: Index, rows: int, start: int, used: int, panel: Index, place: Index) -> None:
+        """acc += the exponentials at `place` times the values of a panel of keys."""
+        lanes = self.lanes
+        with loop(self.width) as token:
+            for i in range(rows):
+                for n in range(used):
+                    where = (i * used + n, vec(0, lanes))
+                    right = self.Vp[panel * self.width + token, vec((start + n) * lanes, lanes)]
+                    weight = splat(self.P[row + i, place * self.width + token], lanes)
+                    store(self.acc, self.acc[where] + weight * right, *where)
+
+    # ---- a group of queries
+
+    def _queries(self, part: Index) -> None:
+        queries, lanes = self.tile.queries, self.lanes
+        first = T.bind(part * queries)
+        count: Index = min(queries, self.a.S)
+        if self.parts > 1 and self.a.S % queries:
+            count = T.bind(T.min(T.int32(queries), self.a.S - first))
+        self.take_queries(first, count)
+        if self.running:
+            self._begin(count)
+        self.listed = skipping.Listed(self, part) if self.skips else None
+        panels = self.panels if self.listed is None else self.listed.count
+        blocks, left = emit.split(self.panels, self.per_block)
+        if self.listed is None and not left:
+            with loop(blocks) as block:
+                self._block(first, count, block * self.per_block, self.per_block)
+        else:
+            with loop(T.floordiv(panels + (self.per_block - 1), self.per_block)) as block:
+                begin = T.bind(block * self.per_block)
+                self._block(first, count, begin, T.bind(T.min(T.int32(self.per_block), panels - begin)))
+        with loop(count) as row:
+            self._write(first, row, lanes)
+
+    def _begin(self, count: Index) -> None:
+        """No key seen yet: the sink alone, where there is one."""
+        lanes, every = self.lanes, vec(0, self.lanes)
+        low = splat(-T.infinity("float32"), lanes)
+        top = splat(self.sink[self.head], lanes) if self.a.sink else low
+        # The sum is kept by lanes until the end, so what belongs to no lane stands in the first.
+        one = T.Select(
+            T.And(T.Ramp(0, 1, lanes) < T.Broadcast(T.int32(1), lanes), top > low),
+            splat(1.0, lanes),
+            emit.zero_for(lanes),
+        )
+        with loop(count) as row:
+            store(self.top, top, row, every)
+            store(self.total, one if self.a.sink else emit.zero_for(lanes), row, every)
+            for part in range(self.out_vectors):
+                store(self.partial, emit.zero_for(lanes), row, vec(part * lanes, lanes))
+
+    def _panel(self, place: Index) -> Index:
+        return place if self.listed is None else self.listed.panel(place)
+
+    def _block(self, first: Index, count: Index, begin: Index, panels: Index) -> None:
+        """Panels `begin` and following, of those seen."""
+        for start, rows in self._row_tiles(count):
+            with start as row, loop(panels) as place:
+                self._score_tile(first, row, rows, T.bind(self._panel(begin + place)), place)
+        with loop(count) as row:
+            self._softmax(row, panels)
+        for start, rows in self._row_tiles(count):
+            with start as row:
+                self._values(row, rows, begin, panels)
+
+    def _row_tiles(self, count: Index) -> list[tuple[Any, int]]:
+        """Full tiles of rows, and the rest that only the last group of queries has."""
+        rows, left = self.tile.rows, self.a.S % self.tile.rows
+        if isinstance(count, int):
+            full, left = emit.split(count, rows)
+            found = [(_Rows(full, rows), rows)] if full else []
+            return [*found, (_Rows(1, 0, full * rows), left)] if left else found
+        found = [(_Rows(T.floordiv(count, rows), rows), rows)]
+        if left:
+            found.append((_Rows(T.Select(count % rows > 0, 1, 0), 0, count - left), left))
+        return found
+
+    def _score_tile(self, first: Index, row: Index, rows: int, panel: Index, place: Index) -> None:
+        """P[row : row + rows] = cap(Q K^T) + bias for a panel of keys."""
+        lanes, used = self.lanes, self.tile.vectors
+        for slot in range(rows * used):
+            store(self.acc, emit.zero_for(lanes), slot, vec(0, lanes))
+        self.score_sums(row, rows, panel)
+        whole, left = emit.split(self.a.T, self.width)
+        if not left:
+            self._store_scores(first, row, rows, panel, place, self.width)
+            return
+        with T.If(panel < whole):
+            with T.Then():
+                self._store_scores(first, row, rows, panel, place, self.width)
+            with T.Else():
+                self._store_scores(first, row, rows, panel, place, left)
+
+    def _store_scores(self, first: Index, row: Index, rows: int, panel: Index, place: Index, live: int) -> None:
+        lanes, used = self.lanes, self.tile.vectors
+        for i in range(rows):
+            for n in range(used):
+                inside = max(0, min(lanes, live - n * lanes))
+                key = panel * self.width + n * lanes
+                value = self._biased(self.acc[i * used + n, vec(0, lanes)], first + row + i, key, inside)
+                store(self.P, value, row + i, vec(place * self.width + n * lanes, lanes))
 
     def _biased(self, score: Expression, query: Index, key: Index, inside: int) -> Expression:
-        lanes, low = self.lanes, splat(-T.infinity("float32"), self.lanes)
+        lanes, low, a = self.lanes, splat(-T.infinity("float32"), self.lanes), self.a
         if inside == 0:
             return low
-        if self.a.softcap:
-            score = splat(self.a.softcap, lanes) * tanh(score * splat(1.0 / self.a.softcap, lanes), lanes)
-        if self.a.bias is not None:
-            bias = self.bias_vector(query, key, inside)
-            score = score + bias if self.a.bias.kind == "add" else T.Select(bias, score, low)
+        if a.softcap:
+            score = splat(a.softcap, lanes) * tanh(score * splat(1.0 / a.softcap, lanes), lanes)
+        if a.kept is not None:
+            kept = self.mask_vector(a.kept, self.kept, query, key, inside)
+            score = T.Select(kept, score, emit.zero_for(lanes))
+        if a.bias is not None:
+            bias = self.mask_vector(a.bias, self.M, query, key, inside)
+            score = score + bias if a.bias.kind == "add" else T.Select(bias, score, low)
         if inside < lanes:
-            score = T.Select(T.Ramp(T.int32(0), 1, lanes) < T.Broadcast(T.int32(inside), lanes), score, low)
+            score = T.Select(vectors.first_lanes(inside, lanes), score, low)
         return score
 
-    def bias_vector(self, query: Index, key: Index, inside: int) -> Expression:
+    def mask_vector(self, bias: Bias, buffer: Buffer, query: Index, key: Index, inside: int) -> Expression:
         """The mask of one query and a vector of keys, of which the first `inside` exist."""
-        assert self.a.bias is not None and self.M is not None
-        b, h, s, t = self.a.bias.shape
+        b, h, s, t = bias.shape
         at = (self.batch * (h * s * t) if b > 1 else 0) + (self.head * (s * t) if h > 1 else 0)
-        at = at + (query * t if s > 1 else 0)
-        if t == 1:
-            return T.Broadcast(self.M[at], self.lanes)
-        if inside == self.lanes:
-            return self.M[vec(at + key, self.lanes)]
-        add = self.a.bias.kind == "add"
-        tail = self.tail if add else scratch((self.lanes,), "bool")
-        fill = T.float32(0) if add else T.bool(False)
-        return vectors.load_part(lambda lane: self.M[at + key + lane], inside, tail, self.lanes, fill)
+        return vectors.load_mask(buffer, bias, at + (query * t if s > 1 else 0), key, inside, self.lanes, self.tail)
 
-    def _softmax(self, row: Index, keys: int) -> None:
+    def _softmax(self, row: Index, panels: Index) -> None:
         """P[row] = exp(P[row] - maximum); updates maximum and sum, and rescales what was accumulated so far."""
-        lanes, parts, work, all_lanes = self.lanes, -(-keys // self.lanes), self.work, vec(0, self.lanes)
-        store(work, self.P[row, all_lanes], 0, all_lanes)
-        with loop(parts - 1) as part:
-            store(work, T.max(work[0, all_lanes], self.P[row, vec((part + 1) * lanes, lanes)]), 0, all_lanes)
+        lanes, used, work, every = self.lanes, self.tile.vectors, self.work, vec(0, self.lanes)
+        for n in range(used):  # a maximum for each vector of a panel: one alone waits for itself
+            store(work, self.top[row, every] if self.running else splat(-T.infinity("float32"), lanes), n, every)
+        with loop(panels) as panel:
+            for n in range(used):
+                value = self.P[row, vec(panel * self.width + n * lanes, lanes)]
+                store(work, T.max(work[n, every], value), n, every)
+        for n in range(1, used):
+            store(work, T.max(work[0, every], work[n, every]), 0, every)
         vectors.reduce_lanes(work, 0, vectors.maximum, lanes)
-        if self.blocks > 1:
-            store(work, T.max(work[0, all_lanes], self.top[row, all_lanes]), 0, all_lanes)
-        finite = T.max(work[0, all_lanes], splat(LOWEST, lanes))
-        store(work, finite, 1, all_lanes)
-        store(work, emit.zero_for(lanes), 2, all_lanes)
-        with loop(parts) as part:
-            at = vec(part * lanes, lanes)
-            store(self.P, exp(self.P[row, at] - work[1, all_lanes], lanes), row, at)
-            store(work, work[2, all_lanes] + self.P[row, at], 2, all_lanes)
-        vectors.reduce_lanes(work, 2, vectors.add, lanes)
-        if self.blocks > 1:
-            store(work, exp(self.top[row, all_lanes] - work[1, all_lanes], lanes), 3, all_lanes)
-            store(work, work[2, all_lanes] + self.total[row, all_lanes] * work[3, all_lanes], 2, all_lanes)
+        store(work, T.max(work[0, every], splat(LOWEST, lanes)), 1, every)
+        store(work, emit.zero_for(lanes), 2, every)
+        self.exponentials(row, panels)
+        if self.running:
+            # The sum of a row whose maximum was infinite is NaN, and so is the row.
+            store(work, exp_below_one(self.top[row, every] - work[1, every], lanes), 3, every)
+            store(work, work[2, every] + self.total[row, every] * work[3, every], 2, every)
             for part in range(self.out_vectors):
                 at = vec(part * lanes, lanes)
-                store(self.partial, self.partial[row, at] * work[3, all_lanes], row, at)
-        store(self.total, work[2, all_lanes], row, all_lanes)
-        store(self.top, work[0, all_lanes], row, all_lanes)
+                store(self.partial, self.partial[row, at] * work[3, every], row, at)
+        store(self.total, work[2, every], row, every)
+        store(self.top, work[0, every], row, every)
 
-    def _values(self, row: Index, rows: int, key: Index, keys: int) -> None:
+    def _values(self, row: Index, rows: int, begin: Index, panels: Index) -> None:
         """partial[row : row + rows] (+)= P V, a few vectors of V at a time."""
         lanes = self.lanes
         for start, used in emit.tiles(self.out_vectors, max(self.tile.vectors, min(self.out_vectors, 4))):
             per_pass = max(1, (self.tile.rows * self.tile.vectors) // used)
             for offset, part in emit.tiles(rows, per_pass):
-                for i in range(part):
-                    for n in range(used):
-                        at = vec((start + n) * lanes, lanes)
-                        begin = self.partial[row + offset + i, at] if self.blocks > 1 else emit.zero_for(lanes)
-                        store(self.acc, begin, i * used + n, vec(0, lanes))
-                self._value_sums(row + offset, part, start, used, key, keys)
-                for i in range(part):
-                    for n in range(used):
-                        at = vec((start + n) * lanes, lanes)
-                        store(self.partial, self.acc[i * used + n, vec(0, lanes)], row + offset + i, at)
+                slots = [(i, n, vec((start + n) * lanes, lanes)) for i in range(part) for n in range(used)]
+                for i, n, at in slots:
+                    known = self.partial[row + offset + i, at] if self.running else emit.zero_for(lanes)
+                    store(self.acc, known, i * used + n, vec(0, lanes))
+                with loop(panels) as place:
+                    self.value_sums(row + offset, part, start, used, T.bind(self._panel(begin + place)), place)
+                for i, n, at in slots:
+                    store(self.partial, self.acc[i * used + n, vec(0, lanes)], row + offset + i, at)
 
-    def _value_sums(self, row: Index, rows: int, start: int, used: int, key: Index, keys: int) -> None:
-        lanes = self.lanes
-        with loop(keys) as token:
-            for i in range(rows):
-                for n in range(used):
-                    where = (i * used + n, vec(0, lanes))
-                    right = self.Vp[key + token, vec((start + n) * lanes, lanes)]
-                    weight = splat(self.P[row + i, token], lanes)
-                    store(self.acc, self.acc[where] + weight * right, *where)
-
-    def _write(self, first: Index, count: int) -> None:
+    def _write(self, first: Index, row: Index, lanes: int) -> None:
         """O = partial / sum; a row whose scores were all -inf follows `empty_rows`."""
-        lanes, all_lanes = self.lanes, vec(0, self.lanes)
-        full, left = emit.split(self.a.value.dim, lanes)
+        every, (full, left) = vec(0, lanes), emit.split(self.a.value.dim, lanes)
+        store(self.work, self.total[row, every], 2, every)
+        vectors.reduce_lanes(self.work, 2, vectors.add, lanes)
         empty = T.float32(0) if self.a.empty_rows == "zero" else T.float32(float("nan"))
-        with loop(count) as row:
-            nothing = self.top[row, all_lanes] < splat(LOWEST, lanes)
-            factor = T.Select(nothing, T.Broadcast(empty, lanes), splat(1.0, lanes) / self.total[row, all_lanes])
-            store(self.work, factor, 0, all_lanes)
-            width = self.a.heads * self.a.value.dim
-            at = (self.batch * self.a.S + first + row) * width + self.head * self.a.value.dim
-            for part in range(full):
-                value = self.partial[row, vec(part * lanes, lanes)] * self.work[0, all_lanes]
-                store(self.O, value, vec(at + part * lanes, lanes))
-            if left:
-                store(self.tail, self.partial[row, vec(full * lanes, lanes)] * self.work[0, all_lanes], all_lanes)
-                for lane in range(left):
-                    store(self.O, self.tail[lane], at + full * lanes + lane)
+        nothing = self.top[row, every] < splat(LOWEST, lanes)
+        store(
+            self.work, T.Select(nothing, T.Broadcast(empty, lanes), splat(1.0, lanes) / self.work[2, every]), 0, every
+        )
+        width = self.a.heads * self.a.value.dim
+        at = (self.batch * self.a.S + first + row) * width + self.head * self.a.value.dim
+        for part in range(full):
+            value = self.partial[row, vec(part * lanes, lanes)] * self.work[0, every]
+            store(self.O, value, vec(at + part * lanes, lanes))
+        if left:
+            store(self.tail, self.partial[row, vec(full * lanes, lanes)] * self.work[0, every], every)
+            for lane in range(left):
+                store(self.O, self.tail[lane], at + full * lanes + lane)
 
 
-class _Scaled:
-    """A loop whose variable counts in steps."""
+def _flat(buffer: Buffer, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+    return emit.flat(buffer, (prod(shape),), dtype)
 
-    def __init__(self, count: int, step: int, start: int = 0) -> None:
+
+class _Rows:
+    """A loop over rows whose variable counts in steps."""
+
+    def __init__(self, count: Index, step: int, start: Index = 0) -> None:
         self.loop, self.step, self.start = loop(count), step, start
 
     def __enter__(self) -> Index:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, store, vec
+from rewriter.runtimes.tvm.kernels.attention import Bias
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, scratch, store, vec
 
 
 def fold(value: Expression, distance: int, lanes: int) -> Expression:
@@ -62,3 +63,21 @@ def load_part(source: Callable[[int], Expression], live: int, tail: Buffer, lane
     for lane in range(lanes):
         store(tail, source(lane) if lane < live else fill, lane)
     return tail[vec(0, lanes)]
+
+
+def first_lanes(count: int, lanes: int) -> Expression:
+    """True in the first `count` lanes."""
+    return T.Ramp(T.int32(0), 1, lanes) < T.Broadcast(T.int32(count), lanes)
+
+
+def load_mask(buffer: Buffer, bias: Bias, row: Index, key: Index, inside: int, lanes: int, tail: Buffer) -> Expression:
+    """A vector of keys of a mask whose row begins at `row`, of which the first `inside` exist in memory."""
+    if bias.shape[3] == 1:
+        return T.Broadcast(buffer[row], lanes)
+    if inside == lanes:
+        return buffer[vec(row + key, lanes)]
+    add = bias.kind == "add"
+    place = tail if add else scratch((lanes,), "bool")
+    return load_part(
+        lambda lane: buffer[row + key + lane], inside, place, lanes, T.float32(0) if add else T.bool(False)
+    )
