@@ -10,6 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from rewriter.runtimes.workers import pinnable
+
+__all__ = ["describe", "pinnable", "processor"]
+
 _PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "apache-tvm", "apache-tvm-ffi", "openvino")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -40,17 +44,6 @@ def processor() -> str:
             if name.strip() in ("model name", "Model", "Processor"):
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def pinnable(threads: int) -> tuple[int, ...]:
-    """A core per thread out of those this process may use, the last ones, as interrupts gather on the first.
-
-    Empty where the system cannot pin, or has fewer cores than threads.
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return ()
-    allowed = sorted(os.sched_getaffinity(0))
-    return tuple(allowed[-threads:]) if 0 < threads <= len(allowed) else ()
 
 
 def _version(package: str) -> str:

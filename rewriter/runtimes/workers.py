@@ -30,7 +30,7 @@ from typing import IO, Any, Literal, Self
 from rewriter.core.errors import UserError
 from rewriter.runtimes.worker_main import Answer, discard, fetch, store
 
-__all__ = ["Worker", "WorkerFailure", "discard", "fetch", "store"]
+__all__ = ["Worker", "WorkerFailure", "discard", "fetch", "pinnable", "store"]
 
 _START = (
     "import json, os, sys; settings = json.loads(sys.argv[1]); os.environ.update(settings['environment']);"
@@ -40,6 +40,18 @@ _START_LIMIT_S = 60.0
 _WATCH_S = 0.1
 _TRACE_S = 0.2
 _TAIL_BYTES = 4000
+
+
+def pinnable(threads: int) -> tuple[int, ...]:
+    """A core per thread out of those this process may use, the last ones, as interrupts gather on the first.
+
+    Empty where the system cannot pin, or has fewer cores than threads.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    allowed = sorted(os.sched_getaffinity(0))
+    return tuple(allowed[-threads:]) if 0 < threads <= len(allowed) else ()
+
 
 FailureKind = Literal["crash", "timeout", "memory", "error"]
 

@@ -51,7 +51,7 @@ class FlashRunner:
         arguments = arguments_of(spec)
         bytes_of_one = sum(4 * prod(shape) for _, shape, _ in arguments)
         self.sets = max(2, min(MOST_SETS, ROTATED_BYTES // bytes_of_one))
-        self._operands = [self._drawn(arguments, seed) for seed in range(self.sets)]
+        self.operands = [self._drawn(arguments, seed) for seed in range(self.sets)]
 
     def _drawn(self, arguments: list[tuple[str, tuple[int, ...], str]], seed: int) -> list[Any]:
         rng = np.random.default_rng(seed)
@@ -65,12 +65,12 @@ class FlashRunner:
 
     def result(self) -> NDArray[np.float32]:
         """The output on the first operands."""
-        self._run(*self._operands[0])
-        return np.array(self._operands[0][-1].numpy())
+        self._run(*self.operands[0])
+        return np.array(self.operands[0][-1].numpy())
 
     def seconds(self, index: int) -> float:
         """One run on one set of operands."""
-        operands = self._operands[index % self.sets]
+        operands = self.operands[index % self.sets]
         begun = time.perf_counter()
         self._run(*operands)
         return time.perf_counter() - begun

@@ -85,7 +85,7 @@ def write_parameters(parameters: Parameters, path: Path) -> str:
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        arrays = (parameters[key].reshape(-1).view(np.uint8).data for key in order if parameters[key].size)
+        arrays: list[Any] = [parameters[key].reshape(-1).view(np.uint8) for key in order if parameters[key].size]
         for piece in (struct.pack("<Q", len(text)), text, *arrays):
             digest.update(piece)
             file.write(piece)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,27 @@ class TvmRuntime:
 
     def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
         """An artifact folder for one set of input shapes, below `folder`."""
+        return self.build_buckets(graph, [shapes], folder, target)
+
+    def build_buckets(
+        self,
+        graph: OnnxGraph,
+        shapes: Sequence[Mapping[str, tuple[int, ...]]],
+        folder: Path,
+        target: Target,
+        pad: Mapping[str, float] | None = None,
+    ) -> Path:
+        """An artifact folder for several sets of input shapes; `pad` as for `rewriter.runtimes.tvm.compile.build`."""
         from rewriter.runtimes.tvm.compile import build
         from rewriter.runtimes.tvm.database import TuningDatabase
-        from rewriter.runtimes.tvm.tiles import Tiles
-        from rewriter.runtimes.tvm.tuning import GemmTuner
+        from rewriter.runtimes.tvm.tuned_tiles import tuned_tiles
+        from rewriter.runtimes.tvm.tuning import Tuner
 
         if self.cache is None:
-            return build(graph, [shapes], folder / "tvm", target)
-        tuner = GemmTuner(target, TuningDatabase(self.cache / "tuning.jsonl"), self.tune)
-        tiles = Tiles(target, tuner.tile)
-        return build(graph, [shapes], folder / "tvm", target, self.cache / "code", tiles, polish=self._polish(target))
+            return build(graph, shapes, folder / "tvm", target, pad=pad)
+        tuner = Tuner(target, TuningDatabase(self.cache / "tuning.jsonl"), self.tune)
+        code, tiles = self.cache / "code", tuned_tiles(target, tuner)
+        return build(graph, shapes, folder / "tvm", target, code, tiles, pad, self._polish(target))
 
     def _polish(self, target: Target) -> Callable[[Any, Mapping[str, int]], Any] | None:
         """What schedules kernels without a template; None for TVM's own schedules."""

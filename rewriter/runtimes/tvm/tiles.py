@@ -9,7 +9,7 @@ from rewriter.core.target import Target
 from rewriter.runtimes.tvm.kernels import amx_gemm, emit
 from rewriter.runtimes.tvm.kernels.attention import Attention
 from rewriter.runtimes.tvm.kernels.attention import Tile as FlashTile
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
+from rewriter.runtimes.tvm.kernels.gemm import Gemm, Precision, Tile
 from rewriter.runtimes.tvm.kernels.matmul import MatMul
 
 ACCUMULATORS = {32: 24, 16: 12}  # registers left for sums beside operands, by registers of the processor
@@ -17,10 +17,15 @@ ACCUMULATORS = {32: 24, 16: 12}  # registers left for sums beside operands, by r
 
 @dataclass
 class Tiles:
-    """Choices for one build. `tuned` turns a GEMM and its default tile into a better one."""
+    """Choices for one build.
+
+    `tuned` turns a GEMM and its default tile into a better one, `tuned_flash` an attention in a number format into its
+    tile.
+    """
 
     target: Target
     tuned: Callable[[Gemm, Tile], Tile] | None = None
+    tuned_flash: Callable[[Attention, Precision], FlashTile] | None = None
     _vectors: dict[tuple[int, int, str], int] = field(default_factory=dict)
 
     def gemm(self, spec: Gemm) -> Tile:
@@ -39,15 +44,13 @@ class Tiles:
         vectors = min(2, -(-spec.N // spec.lanes))
         return Tile(rows_for(vectors, self.target, spec.M), vectors, 4, 0, False)
 
-    def flash(self, spec: Attention) -> FlashTile:
-        """The tile of an attention: 12 x 2 with 32 registers, and keys whole while the scores of a group fit in L1.
-
-        A mask with rows of its own may hide whole blocks of keys, as causal ones do, so there blocks are smaller.
-        """
+    def flash(self, spec: Attention, precision: Precision = "fp32") -> FlashTile:
+        """The tile of an attention: 12 x 2 with 32 registers, and keys whole while the scores of a group fit in L1."""
+        if self.tuned_flash is not None:
+            return self.tuned_flash(spec, precision)
         rows = max(1, min(ACCUMULATORS[self.target.registers] // 2, spec.S))
         queries = rows * max(1, min(2, spec.S // rows))
-        parted = spec.bias is not None and spec.bias.shape[2] > 1 and spec.T >= 2 * 256
-        return FlashTile(rows, 2, queries, 512 if spec.T <= 512 and not parted else 256)
+        return FlashTile(rows, 2, queries, 512 if spec.T <= 512 else 256)
 
 
 def rows_for(vectors: int, target: Target, rows: int) -> int:

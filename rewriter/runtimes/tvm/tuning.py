@@ -1,179 +1,203 @@
-"""Which register tile a GEMM shape likes best, found by measuring a handful.
+"""Which choice of a kernel's own small space is fastest here, found by measuring a handful in a guarded process.
 
-Candidates come from the register file (sums for rows x vectors must fit), the best few by a roofline model are measured
-in turn, on normal values and rotating buffers: warm weights and uniform inputs mislead by up to two times. Those that
-have no chance after a few looks are dropped. One shape takes about a second.
+Choices are ranked and pruned by a roofline model; what is left is built, checked against a reference and timed in turn
+with the default, on normal values and rotating buffers: warm weights and uniform inputs mislead by up to two times.
+Hopeless ones are dropped after a few looks. One shape takes about a second, and asking again nothing.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+import logging
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from functools import cache
+from time import monotonic
 from typing import Any
 
 import numpy as np
-import tvm
-from numpy.typing import NDArray
 
+from rewriter.core.errors import UnsupportedOperator
 from rewriter.core.target import Target
-from rewriter.runtimes.tvm import amx
-from rewriter.runtimes.tvm.database import Subject, TuningDatabase
-from rewriter.runtimes.tvm.kernels import formats
-from rewriter.runtimes.tvm.kernels.gemm import MATRIX_WORDS, Gemm, Tile
-from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
-from rewriter.runtimes.tvm.target import tvm_target
-from rewriter.runtimes.tvm.tiles import unroll_for
+from rewriter.runtimes.tvm.database import TuningDatabase
+from rewriter.runtimes.tvm.space import Choice, Space, text_of
+from rewriter.runtimes.tvm.specialise import ENGINE
+from rewriter.runtimes.workers import Worker, WorkerFailure, pinnable
 
-CANDIDATES = {32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1)), 16: ((6, 2), (4, 3), (5, 2), (12, 1))}
-MOST = 5  # candidates measured per shape, the default among them
-MEASURE_S = 0.6  # for all candidates of one shape together
-ROTATED_BYTES = 48 << 20  # beyond any cache that one core has to itself
-TOLERANCE = 1e-3
-LOOKS, HOPELESS = 3, 1.25  # a candidate whose best of three is this much slower than the best is dropped
-DECIDES = 0.99  # a challenger must take less than this share of the default's time
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A candidate and its median."""
-
-    tile: Tile
-    seconds: float
+MOST = 5  # choices measured per shape, the default among them
+PRUNED = 1.4  # a choice that is predicted to take this much longer than the best is not measured
+MEASURE_S = 0.3  # of timing per shape, for all choices together
+LOOKS, HOPELESS = 3, 1.15  # after three blocks, a choice this much slower than the best is dropped
+DECIDES = 0.98  # a challenger must take less than this share of the default's time
+BUDGET_S = 20.0  # for all new shapes of one build; what is left takes its default and is measured another time
+LIMIT_S = 20.0  # for one call: a candidate that takes longer hangs
+_START_S = 60.0
+_MEMORY_BYTES = 8 << 30
+_BLOCK, _READY = "rewriter.runtimes.tvm.trial:block", "rewriter.runtimes.tvm.trial:ready"
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+_logger = logging.getLogger("rewriter")
 
 
-class GemmTuner:
-    """Finds tiles in a database, or measures them and records what it found."""
+class Tuner:
+    """Finds choices in a database, or measures them and records what it found, failures too.
 
-    def __init__(self, target: Target, database: TuningDatabase, measure: bool = True) -> None:
-        self.target, self.database, self.measure = target, database, measure
-
-    def tile(self, spec: Gemm, default: Tile) -> Tile:
-        """The best known tile for a GEMM; `default` if nothing is known and measuring is off, or nothing beats it."""
-        form = ("" if spec.precision == "fp32" else f"_{spec.precision}") + "_amx" * spec.matrix_unit
-        kernel = f"gemm{form}:{spec.activation}:{int(spec.residual)}"
-        subject = Subject.of(kernel, (spec.M, spec.N, spec.K), self.target)
-        known = self.database.find(subject)
-        if known is not None:
-            return Tile(**known["tile"])
-        if not self.measure:
-            return default
-        timings = measure_tiles(spec, candidates(spec, self.target, default), self.target)
-        best = min(timings, key=lambda timing: timing.seconds)
-        first = timings[0]
-        chosen = best if best.seconds < DECIDES * first.seconds else first
-        self.database.add(subject, {"tile": asdict(chosen.tile), "seconds": chosen.seconds, "tried": len(timings)})
-        return chosen.tile
-
-
-def candidates(spec: Gemm, target: Target, default: Tile) -> list[Tile]:
-    """The default, then the shapes of the register tile that the model finds best, with rows balanced over M."""
-    if spec.matrix_unit:
-        forms = itertools.product((default.ahead, not default.ahead), (default.overlap, not default.overlap))
-        return [replace(default, ahead=ahead, overlap=overlap) for ahead, overlap in forms]
-    found: list[Tile] = []
-    for most, vectors in CANDIDATES[target.registers]:
-        rows = -(-spec.M // -(-spec.M // most))
-        waste = -(-spec.N // (vectors * spec.lanes)) * vectors * spec.lanes / spec.N
-        tile = Tile(rows, vectors, unroll_for(spec, rows, vectors), default.block, default.ahead)
-        if tile not in (default, *found) and waste < 1.34:
-            found.append(tile)
-    return [default, *sorted(found, key=lambda tile: predicted(spec, tile))[: MOST - 1]]
-
-
-def predicted(spec: Gemm, tile: Tile) -> float:
-    """Cycles per step of k by a roofline of one core: two products and two loads of vectors per cycle at best."""
-    full, left = divmod(spec.M, tile.rows)
-    panels = -(-spec.N // (tile.vectors * spec.lanes))
-
-    def step(rows: int) -> float:
-        return max(rows * tile.vectors, tile.vectors + rows) / 2.0 if rows else 0.0
-
-    return panels * (full * step(tile.rows) + step(left))
-
-
-def measure_tiles(spec: Gemm, tiles: list[Tile], target: Target) -> list[Timing]:
-    """Medians of all tiles, taken in turn; a tile whose result is wrong is left out."""
-    rng = np.random.default_rng(0)
-    sets = max(2, min(16, ROTATED_BYTES // (4 * spec.N * spec.K)))
-    weights = [rng.standard_normal((spec.K, spec.N), np.float32) / np.float32(spec.K**0.5) for _ in range(sets)]
-    rest = _other_inputs(spec, rng)
-    runners = [Runner(spec, tile, target, weights, rest) for tile in tiles]
-    reference = runners[0].result()
-    runners = [runner for runner in runners if np.abs(runner.result() - reference).max() < TOLERANCE]
-    samples: dict[Tile, list[float]] = {runner.tile: [] for runner in runners}
-    deadline, turn = time.perf_counter() + MEASURE_S, 0
-    while turn < 3 or time.perf_counter() < deadline:
-        for runner in runners:
-            samples[runner.tile].append(runner.seconds(turn % sets))
-        turn += 1
-        runners = contenders(runners, samples)
-    return [Timing(tile, float(np.median(values))) for tile, values in samples.items()]
-
-
-def contenders(runners: list[Runner], samples: Mapping[Tile, Sequence[float]]) -> list[Runner]:
-    """The candidates that may still win, and the first, which all are compared with: time goes to where it decides."""
-    least = {runner.tile: min(samples[runner.tile]) for runner in runners}
-    if len(samples[runners[0].tile]) < LOOKS:
-        return runners
-    best = min(least.values())
-    return [runner for runner in runners if runner is runners[0] or least[runner.tile] <= HOPELESS * best]
-
-
-def _other_inputs(spec: Gemm, rng: np.random.Generator) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-    a = rng.standard_normal((*spec.leading, spec.K), np.float32)
-    rest = [rng.standard_normal(spec.N, np.float32)] if spec.bias else []
-    return a, [*rest, *([rng.standard_normal((*spec.leading, spec.N), np.float32)] if spec.residual else [])]
-
-
-def _compiled(function: Any, target: Target) -> Any:
-    amx.ask_for(target)
-    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target=tvm_target(target))["main"]
-
-
-def _activations(spec: Gemm, a: NDArray[np.float32], target: Target) -> list[Any]:
-    """The operands that a kernel of this format takes for A."""
-    if spec.precision == "fp32":
-        return [tvm.runtime.tensor(a)]
-    rounding = Quantise(a.shape, spec.precision, spec.lanes, multiple=MATRIX_WORDS if spec.matrix_unit else 1)
-    outputs = [tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in rounding.outputs]
-    _compiled(make_quantise(rounding), target)(tvm.runtime.tensor(a), *outputs)
-    return outputs
-
-
-def runner_of(spec: Gemm, tile: Tile, target: Target) -> Runner:
-    """One GEMM on one set of normal operands."""
-    rng = np.random.default_rng(0)
-    weights = [rng.standard_normal((spec.K, spec.N), np.float32) / np.float32(spec.K**0.5)]
-    return Runner(spec, tile, target, weights, _other_inputs(spec, rng))
-
-
-class Runner:
-    """One compiled candidate with its rotating weights."""
+    Without `measure` shapes that the database does not know take their default. `budget_s` bounds the time that one
+    tuner spends; `limit_s` that of one call of a candidate.
+    """
 
     def __init__(
-        self, spec: Gemm, tile: Tile, target: Target, weights: list[NDArray[np.float32]], rest: tuple[Any, list[Any]]
+        self,
+        target: Target,
+        database: TuningDatabase,
+        measure: bool = True,
+        budget_s: float = BUDGET_S,
+        limit_s: float = LIMIT_S,
     ) -> None:
-        self.tile = tile
-        self._run = _compiled(formats.make(spec, tile), target)
-        left, others = _activations(spec, rest[0], target), [tvm.runtime.tensor(array) for array in rest[1]]
-        self._out = tvm.runtime.tensor(np.zeros((*spec.leading, spec.N), np.float32))
-        self._arguments = []
-        for weight in weights:
-            packed = formats.weight_operands(
-                weight, spec.precision, spec.precision, tile.vectors * spec.lanes, spec.matrix_unit
-            )
-            self._arguments.append((*left, *map(tvm.runtime.tensor, packed), *others, self._out))
+        self.target, self.database, self.measure = target, database, measure
+        self.budget_s, self.limit_s = budget_s, limit_s
+        self.spent_s, self.measured, self.left_out = 0.0, 0, 0
 
-    def result(self) -> NDArray[np.float32]:
-        """The output on the first weights."""
-        self._run(*self._arguments[0])
-        return np.array(self._out.numpy())
+    def best(self, space: Space) -> Choice:
+        """The best known choice. Raises `UnsupportedOperator` when every choice of the kernel was found to fail."""
+        known = self._known(space)
+        if known is not None:
+            return known
+        first = self._usable(space)[0]
+        if not self.measure or self.target.elsewhere or len(space.choices()) == 1:
+            return first
+        if self.spent_s >= self.budget_s:
+            self.left_out += 1
+            return first
+        begun_s = monotonic()
+        try:
+            return self._search(space)
+        finally:
+            self.spent_s += monotonic() - begun_s
 
-    def seconds(self, index: int) -> float:
-        """One run on one set of weights."""
-        begun = time.perf_counter()
-        self._run(*self._arguments[index])
-        return time.perf_counter() - begun
+    def _known(self, space: Space) -> Choice | None:
+        found = self.database.find(space.subject)
+        if found is None:
+            return None
+        try:
+            return space.choice(found["choice"])
+        except (TypeError, KeyError):
+            return None
+
+    def _usable(self, space: Space) -> list[Choice]:
+        """The choices that have not failed, the default first."""
+        reasons = {text_of(one): self.database.failure(space.subject, text_of(one)) for one in space.choices()}
+        usable = [one for one in space.choices() if not reasons[text_of(one)]]
+        if not usable:
+            detail = "every choice of it failed here: " + "; ".join(sorted(set(reasons.values())))
+            raise UnsupportedOperator(ENGINE, space.subject.kernel, "", detail[:400])
+        return usable
+
+    def _search(self, space: Space) -> Choice:
+        worker = guarded(self.target.threads)
+        if isinstance(problem := worker.call(_READY, space, timeout_s=_START_S), WorkerFailure):
+            _logger.warning("tuning: no process to measure in, defaults are used: %s", problem)
+            self.measure = False
+            return self._usable(space)[0]
+        self.measured += 1
+        while True:
+            usable = self._usable(space)
+            contest = _Contest(space, shortlist(space, usable), worker, self)
+            if contest.run():
+                return contest.finish()
+
+
+class _Contest:
+    """One measurement of one kernel. The first choice is what all are compared with."""
+
+    def __init__(self, space: Space, choices: Sequence[Choice], worker: Worker, tuner: Tuner) -> None:
+        self.space, self.worker, self.database, self.limit_s = space, worker, tuner.database, tuner.limit_s
+        self.first = choices[0]
+        before = {text_of(one): self.database.measured(space.subject, text_of(one)) for one in choices}
+        # What an earlier run, ended before it was done, found hopeless is not measured again.
+        self.running = [one for one in choices if one is self.first or before[text_of(one)] <= HOPELESS]
+        self.samples: dict[str, list[float]] = {text_of(one): [] for one in self.running}
+        self.tried = len(choices)
+
+    def run(self) -> bool:
+        """Rounds until time is up; False if the first choice failed, so that another must take its place."""
+        end_s, rounds = float("inf"), 0
+        while rounds < LOOKS or monotonic() < end_s:
+            for choice in list(self.running):
+                if not self._block(choice) and choice is self.first:
+                    return False
+            rounds += 1
+            if rounds == 1:
+                # Compiling and checking came with the first round.
+                end_s = monotonic() + MEASURE_S
+            if rounds == LOOKS:
+                self._note()
+            self.running = contenders(self.running, self.samples)
+            if len(self.running) == 1 and rounds >= LOOKS:
+                break
+        return True
+
+    def finish(self) -> Choice:
+        """Write down and return what won: the first, unless another beats it clearly."""
+        ratios = {text_of(one): self._ratio(one) for one in self.running}
+        best = min(self.running, key=lambda one: ratios[text_of(one)])
+        chosen = best if ratios[text_of(best)] < DECIDES else self.first
+        self._note()
+        result = {
+            "choice": asdict(chosen),
+            "seconds": float(np.median(self.samples[text_of(chosen)])),
+            "default_seconds": float(np.median(self.samples[text_of(self.first)])),
+            "tried": self.tried,
+        }
+        self.database.add(self.space.subject, result)
+        return chosen
+
+    def _block(self, choice: Choice) -> bool:
+        """One block of runs; a choice that fails is written down and out."""
+        found = self._called(choice)
+        if isinstance(found, WorkerFailure) and found.exit_code in _FROM_OUTSIDE and found.kind == "crash":
+            _logger.warning("tuning: a process was ended from outside and its candidate is tried again: %s", found)
+            found = self._called(choice)
+        if not isinstance(found, WorkerFailure):
+            self.samples[text_of(choice)].append(float(np.median(found)))
+            return True
+        _logger.info("tuning: %s with %s failed: %s", self.space.subject.kernel, text_of(choice), found)
+        self.database.add_failure(self.space.subject, text_of(choice), str(found)[-300:])
+        self.running = [one for one in self.running if one is not choice]
+        return False
+
+    def _called(self, choice: Choice) -> Any:
+        if self.worker.pid is None:
+            # Loading TVM again after a crash is no fault of the candidate that comes next.
+            self.worker.call(_READY, self.space, timeout_s=_START_S)
+        return self.worker.call(_BLOCK, self.space, choice, timeout_s=self.limit_s)
+
+    def _ratio(self, choice: Choice) -> float:
+        """How long a choice takes against the first, block by block."""
+        pairs = zip(self.samples[text_of(choice)], self.samples[text_of(self.first)], strict=False)
+        return float(np.median([own / other for own, other in pairs]))
+
+    def _note(self) -> None:
+        for choice in self.running:
+            self.database.add_measured(self.space.subject, text_of(choice), self._ratio(choice))
+
+
+def shortlist(space: Space, usable: Sequence[Choice]) -> list[Choice]:
+    """The first of the usable choices, then those that the model does not rule out; at most `MOST`."""
+    first, *others = usable
+    least = min(space.predicted(one) for one in usable)
+    return [first, *[one for one in others if space.predicted(one) <= PRUNED * least][: MOST - 1]]
+
+
+def contenders(running: Sequence[Choice], samples: Mapping[str, Sequence[float]]) -> list[Choice]:
+    """The choices that may still win, and the first, which all are compared with: time goes to where it decides."""
+    least = {text_of(one): min(samples[text_of(one)]) for one in running}
+    if len(samples[text_of(running[0])]) < LOOKS:
+        return list(running)
+    best = min(least.values())
+    return [one for one in running if one is running[0] or least[text_of(one)] <= HOPELESS * best]
+
+
+@cache
+def guarded(threads: int) -> Worker:
+    """The process in which candidates run, started when first needed; pinned, and ended with this process."""
+    return Worker("tuning", threads, _MEMORY_BYTES, cores=pinnable(threads))

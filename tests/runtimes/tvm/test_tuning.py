@@ -1,113 +1,187 @@
-"""The database survives kills and company; tuning chooses, records, and never asks twice."""
+"""Tuning chooses, records, never asks twice, and survives whatever a candidate does."""
 
 from __future__ import annotations
 
-import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rewriter.core.errors import OutputError
-from rewriter.runtimes.tvm import tuning
-from rewriter.runtimes.tvm.database import Subject, TuningDatabase
-from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile
+from rewriter.core.errors import UnsupportedOperator
+from rewriter.runtimes.tvm import gemm_space, tuning
+from rewriter.runtimes.tvm.database import TuningDatabase
+from rewriter.runtimes.tvm.gemm_space import GemmSpace
+from rewriter.runtimes.tvm.kernels.attention import Attention, Bias, Operand
+from rewriter.runtimes.tvm.kernels.gemm import Gemm, Precision, Tile
+from rewriter.runtimes.tvm.space import text_of
 from rewriter.runtimes.tvm.tiles import Tiles, default_gemm
-from tests.runtimes.tvm.database_writer import write_many
+from rewriter.runtimes.tvm.tuned_tiles import FlashSpace, tuned_tiles
+from rewriter.runtimes.tvm.tuning import Tuner, contenders, shortlist
 from tests.runtimes.tvm.harness import target
+from tests.runtimes.tvm.spaces import Act, ActSpace
 
-SUBJECT = Subject.of("gemm::0", (4, 32, 8), target())
-
-
-def test_a_record_is_found_by_another_reader(tmp_path: Path) -> None:
-    writer, reader = TuningDatabase(tmp_path / "t.jsonl"), TuningDatabase(tmp_path / "t.jsonl")
-    assert reader.find(SUBJECT) is None
-    writer.add(SUBJECT, {"seconds": 1.0})
-    writer.add(SUBJECT, {"seconds": 2.0})
-    assert reader.find(SUBJECT) == {"seconds": 2.0}
-    assert reader.find(Subject.of("gemm::0", (4, 32, 9), target())) is None
-    assert reader.find(Subject.of("gemm::0", (4, 32, 8), target(2))) is None
+SLOW, FAST = Act(seconds=0.004), Act("quick", 0.001)
 
 
-@pytest.mark.parametrize("torn", [b'{"kernel": "gemm::0", "sha', b"\xff\x00\n", b"[1, 2]\n", b'{"kernel": 3}'])
-def test_torn_lines_cost_only_themselves(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "t.jsonl"
-    TuningDatabase(path).add(SUBJECT, {"seconds": 1.0})
-    with path.open("ab") as file:
-        file.write(torn)
-    other = Subject.of("gemm::1", (1, 1, 1), target())
-    TuningDatabase(path).add(other, {"seconds": 3.0})
-    database = TuningDatabase(path)
-    assert database.find(SUBJECT) == {"seconds": 1.0} and database.find(other) == {"seconds": 3.0}
+@pytest.fixture(autouse=True)
+def _briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tuning, "MEASURE_S", 0.03)
+    yield
 
 
-def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    path, context = tmp_path / "t.jsonl", multiprocessing.get_context("spawn")
-    workers = [context.Process(target=write_many, args=(path, name)) for name in ("a", "b")]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    database = TuningDatabase(path)
-    for name in ("a", "b"):
-        for size in range(50):
-            found = database.find(Subject(name, (size,), "float32", "t", "v"))
-            assert found is not None and found["seconds"] == size
+def tuner(folder: Path, **options: float) -> Tuner:
+    return Tuner(target(), TuningDatabase(folder / "t.jsonl"), **options)  # type: ignore[arg-type]
 
 
-def test_an_unwritable_place_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
-        TuningDatabase(tmp_path / "file" / "t.jsonl").add(SUBJECT, {})
+def acts(folder: Path, *listed: Act, source: str = "1") -> ActSpace:
+    return ActSpace(target(), listed, str(folder / "log"), source)
 
 
-def test_tuning_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "MEASURE_S", 0.02)
-    spec, database = Gemm((4,), 40, 16, bias=True, activation="relu"), TuningDatabase(tmp_path / "t.jsonl")
-    default = default_gemm(spec, target())
-    tile = tuning.GemmTuner(target(), database).tile(spec, default)
-    assert tile in tuning.candidates(spec, target(), default)
-
-    def refuse(*_: object) -> list[tuning.Timing]:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(tuning, "measure_tiles", refuse)
-    assert tuning.GemmTuner(target(), TuningDatabase(tmp_path / "t.jsonl")).tile(spec, default) == tile
-    unknown = Gemm((4,), 41, 16)
-    assert tuning.GemmTuner(target(), database, measure=False).tile(unknown, default) == default
+def tried(folder: Path) -> list[str]:
+    return (folder / "log").read_text().split("\n")[:-1]
 
 
-@pytest.mark.parametrize(("seconds", "chosen"), [((1.0, 0.5), 1), ((1.0, 0.995), 0), ((1.0, 2.0), 0)])
-def test_a_tie_keeps_the_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], chosen: int
-) -> None:
-    tiles = [Tile(8, 3), Tile(12, 2)]
-    timings = [tuning.Timing(tile, value) for tile, value in zip(tiles, seconds, strict=True)]
-    monkeypatch.setattr(tuning, "measure_tiles", lambda *_: timings)
-    found = tuning.GemmTuner(target(), TuningDatabase(tmp_path / "t.jsonl")).tile(Gemm((24,), 96, 8), tiles[0])
-    assert found == tiles[chosen]
+def test_the_fastest_is_chosen_once(tmp_path: Path) -> None:
+    space = acts(tmp_path, SLOW, FAST)
+    assert tuner(tmp_path).best(space) == FAST
+    before = tried(tmp_path)
+    assert tuner(tmp_path).best(space) == FAST and tried(tmp_path) == before
+    assert Tuner(target(), TuningDatabase(tmp_path / "t.jsonl"), measure=False).best(space) == FAST
+    # An improved template is measured anew.
+    tuner(tmp_path).best(acts(tmp_path, SLOW, FAST, source="2"))
+    assert len(tried(tmp_path)) > len(before)
 
 
-def test_the_model_prefers_tiles_that_waste_less() -> None:
-    spec = Gemm((24,), 96, 64)
-    assert tuning.predicted(spec, Tile(12, 2)) < tuning.predicted(spec, Tile(1, 4))
-    uneven = Gemm((24,), 100, 64)
-    assert tuning.predicted(uneven, Tile(12, 2)) < tuning.predicted(uneven, Tile(8, 3))
-    found = tuning.candidates(spec, target(), Tile(8, 3))
-    assert found[0] == Tile(8, 3) and len(found) <= tuning.MOST
-    costs = [tuning.predicted(spec, tile) for tile in found[1:]]
-    assert costs == sorted(costs)
+def test_a_tie_keeps_the_default(tmp_path: Path) -> None:
+    assert tuner(tmp_path).best(acts(tmp_path, Act("a", 0.002), Act("b", 0.002))) == Act("a", 0.002)
+
+
+@pytest.mark.parametrize("kind", ["segfault", "abort", "wrong", "nan", "hang"])
+def test_a_bad_candidate_costs_only_itself(tmp_path: Path, kind: str) -> None:
+    """Written down with its reason, never chosen, never tried again; the others are measured all the same."""
+    bad, space = Act(kind, 0.0), acts(tmp_path, SLOW, Act(kind, 0.0), FAST)
+    assert tuner(tmp_path, limit_s=1.5).best(space) == FAST
+    reason = TuningDatabase(tmp_path / "t.jsonl").failure(space.subject, text_of(bad))
+    wanted = {"segfault": "SIGSEGV", "abort": "SIGABRT", "hang": "gave no result within 1.5 s"}
+    assert wanted.get(kind, "differs from the reference") in reason
+    assert tried(tmp_path).count(kind) == 1
+
+
+def test_a_default_that_fails_is_replaced_and_not_tried_again(tmp_path: Path) -> None:
+    bad = Act("abort", 0.0)
+    assert tuner(tmp_path).best(acts(tmp_path, bad, SLOW)) == SLOW
+    # Also where the choice itself was lost, the failure is remembered.
+    lines = (tmp_path / "t.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "t.jsonl").write_text("".join(line for line in lines if '"failed"' in line))
+    assert tuner(tmp_path, budget_s=0.0).best(acts(tmp_path, bad, SLOW)) == SLOW
+    assert tuner(tmp_path).best(acts(tmp_path, bad, SLOW)) == SLOW and tried(tmp_path).count("abort") == 1
+
+
+def test_a_kernel_whose_choices_all_fail_is_named(tmp_path: Path) -> None:
+    space = acts(tmp_path, Act("abort"), Act("wrong"))
+    for _ in range(2):
+        with pytest.raises(UnsupportedOperator, match=r"acts.*SIGABRT"):
+            tuner(tmp_path).best(space)
+    assert sorted(tried(tmp_path)) == ["abort", "wrong"]
+
+
+def test_a_process_ended_from_outside_is_no_fault_of_its_candidate(tmp_path: Path) -> None:
+    killed = Act("killed", 0.001)
+    assert tuner(tmp_path).best(acts(tmp_path, SLOW, killed)) == killed
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
+    """What was hopeless then is not measured again."""
+    space = acts(tmp_path, FAST, Act("hopeless", 0.004), Act("close", 0.001))
+    database = TuningDatabase(tmp_path / "t.jsonl")
+    database.add_measured(space.subject, text_of(Act("hopeless", 0.004)), 4.0)
+    database.add_measured(space.subject, text_of(Act("close", 0.001)), 1.0)
+    assert tuner(tmp_path).best(space) in (FAST, Act("close", 0.001))
+    assert set(tried(tmp_path)) == {"quick", "close"}
+
+
+def test_without_budget_or_measuring_unknown_shapes_take_their_default(tmp_path: Path) -> None:
+    space = acts(tmp_path, SLOW, FAST)
+    spent = tuner(tmp_path, budget_s=0.0)
+    assert spent.best(space) == SLOW and spent.left_out == 1
+    assert Tuner(target(), TuningDatabase(tmp_path / "t.jsonl"), measure=False).best(space) == SLOW
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_model_prunes(tmp_path: Path) -> None:
+    many = [Act("ruled out"), *[Act("x", 0.001 * number) for number in range(9)]]
+    assert shortlist(acts(tmp_path, SLOW, *many), [SLOW, *many]) == [SLOW, *many[1 : tuning.MOST]]
 
 
 def test_hopeless_candidates_are_dropped_but_never_the_default() -> None:
-    class Fake:
-        def __init__(self, tile: Tile) -> None:
-            self.tile = tile
+    default, good, bad = Act("default"), Act("good"), Act("bad")
+    samples = {text_of(default): [2.0] * 3, text_of(good): [1.0] * 3, text_of(bad): [1.3, 1.4, 1.3]}
+    few = {name: values[:2] for name, values in samples.items()}
+    assert contenders([default, good, bad], few) == [default, good, bad]
+    assert contenders([default, good, bad], samples) == [default, good]
 
-    default, good, bad = (Fake(Tile(rows, 2)) for rows in (8, 12, 6))
-    samples = {default.tile: [2.0] * 3, good.tile: [1.0] * 3, bad.tile: [1.3, 1.4, 1.3]}
-    few = {tile: values[:2] for tile, values in samples.items()}
-    assert tuning.contenders([default, good, bad], few) == [default, good, bad]
-    assert tuning.contenders([default, good, bad], samples) == [default, good]
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_gemms_are_measured_and_right(tmp_path: Path, precision: Precision) -> None:
+    if not target().multiplies(precision):
+        pytest.skip(f"this processor does not multiply {precision}")
+    spec = Gemm((1, 5), 40, 16, bias=True, activation="gelu", residual=True, precision=precision)
+    space = GemmSpace.of(spec, target())
+    found = tuner(tmp_path)
+    assert found.best(space) in space.choices() and found.measured == 1
+    record = found.database.find(space.subject)
+    assert record is not None and record["seconds"] > 0 and record["tried"] > 1
+
+
+@pytest.mark.parametrize("activation", ["", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh"])
+def test_every_epilogue_has_a_reference(activation: str) -> None:
+    spec = Gemm((3,), 20, 12, activation=activation)
+    space = GemmSpace.of(spec, target())
+    assert space.run(space.default).error() < 0.5
+
+
+def test_a_wrong_gemm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = gemm_space.formats.weight_operands
+    monkeypatch.setattr(gemm_space.formats, "weight_operands", lambda *given: tuple(2 * p for p in real(*given)))
+    space = GemmSpace.of(Gemm((3,), 20, 12), target())
+    assert space.run(space.default).error() > 10.0
+
+
+def test_attention_is_measured_and_right(tmp_path: Path) -> None:
+    queries, keys, heads = Operand.of((1, 40, 32), 4), Operand.of((1, 600, 16), 2), (0, 0, 1, 1)
+    spec = Attention(1, 40, 600, queries, keys, keys, (0, 1, 2, 3), heads, heads, 0.3, 5.0, Bias((1, 1, 1, 600)))
+    space = FlashSpace(spec, target(), "fp32")
+    found = tuner(tmp_path)
+    assert len(space.choices()) > 1 and found.best(space) in space.choices() and found.measured == 1
+
+
+def test_builds_take_what_the_tuner_finds(tmp_path: Path) -> None:
+    spec = Gemm((4,), 40, 16)
+    space = GemmSpace.of(spec, target())
+    other = space.choices()[1]
+    database = TuningDatabase(tmp_path / "t.jsonl")
+    database.add(space.subject, {"choice": {"rows": other.rows, "no such field": 1}})
+    assert tuned_tiles(target(), Tuner(target(), database, measure=False)).gemm(spec) == space.default
+    database.add(space.subject, {"choice": {**vars(other)}})
+    assert tuned_tiles(target(), Tuner(target(), database, measure=False)).gemm(spec) == other
+
+
+def test_the_model_prefers_tiles_that_waste_less() -> None:
+    space = GemmSpace.of(Gemm((24,), 96, 64), target())
+    assert space.predicted(Tile(12, 2)) < space.predicted(Tile(1, 4))
+    uneven = GemmSpace.of(Gemm((24,), 100, 64), target())
+    assert uneven.predicted(Tile(12, 2)) < uneven.predicted(Tile(8, 3))
+    found = space.choices()
+    assert found[0] == space.default and len(set(found)) == len(found)
+    costs = [space.predicted(tile) for tile in found[1:]]
+    assert costs == sorted(costs)
+
+
+def test_threads_may_share_rows_where_that_comes_out_even() -> None:
+    wide = GemmSpace.of(Gemm((128,), 384, 384, threads=2), target(2))
+    assert any(tile.by_rows and tile.block == 64 for tile in wide.choices())
+    odd = GemmSpace.of(Gemm((127,), 384, 384, threads=2), target(2))
+    assert not any(tile.by_rows for tile in odd.choices())
 
 
 def test_buckets_agree_on_the_panel_width() -> None:

@@ -28,7 +28,8 @@ MATRIX_WORDS = 16  # words of k that a matrix unit takes at once: K is padded to
 class Tile:
     """How one GEMM is cut: a register tile of `rows` x `vectors`, `unroll` steps of k, `block` rows of A kept in L2.
 
-    `ahead` fetches the next panel into L2 while this one is in use. On a matrix unit a block of C is `rows` x
+    `ahead` fetches the next panel into L2 while this one is in use. Several threads share the panels, or with `by_rows`
+    the blocks of rows. On a matrix unit a block of C is `rows` x
     `vectors`, `overlap` finishes it during the next one, and LLVM unrolls.
     """
 
@@ -38,6 +39,7 @@ class Tile:
     block: int = 0
     ahead: bool = True
     overlap: bool = False
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class TileWriter:
         self.C = emit.flat(rest.pop(0), (gemm.M, gemm.N))
         blocks, left = emit.split(gemm.M, self.block)
         if blocks:
-            with loop(blocks) as block:
+            parted = self.tile.by_rows and gemm.threads > 1
+            with loop(blocks, parallel=parted) as block, T.sblock("rows"):
                 self.panels(block * self.block, self.block)
         if left:
             self.panels(blocks * self.block, left)
@@ -139,7 +142,10 @@ class TileWriter:
     def panels(self, first_row: Index, rows: int) -> None:
         """All column panels of `rows` rows."""
         if self.full_panels:
-            with loop(self.full_panels, parallel=self.gemm.threads > 1) as panel, T.sblock("panel"):
+            with (
+                loop(self.full_panels, parallel=self.gemm.threads > 1 and not self.tile.by_rows) as panel,
+                T.sblock("panel"),
+            ):
                 self._rows(first_row, rows, panel, self.width)
         if self.edge:
             with T.sblock("edge_panel"):

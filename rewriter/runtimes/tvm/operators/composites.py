@@ -37,11 +37,12 @@ def _attention(lowering: Lowering, node: Node) -> Any:
         float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias,
         "zero" if node.attributes.get("empty_rows", "nan") == "zero" else "nan", lowering.lanes, lowering.threads,
     )  # fmt: skip
-    tile, name, make = lowering.tiles.flash(spec), "flash", flash.make_flash
-    if node.attributes.get("precision", "fp32") == "bf16" and lowering.target.multiplies("bf16"):
-        # Shapes it does not serve, and processors without it, get more digits than asked for at the same meaning.
-        name, make = ("flash_bf16", flash_bf16.make_flash_bf16) if flash_bf16.serves(spec) else (name, make)
-    kernel = lowering.kernels.get(name, (spec, tile), lambda unique: make(spec, tile, unique))
+    asked = node.attributes.get("precision", "fp32") == "bf16" and lowering.target.multiplies("bf16")
+    # Shapes it does not serve, and processors without it, get more digits than asked for at the same meaning.
+    rounding = asked and flash_bf16.serves(spec)
+    tile = lowering.tiles.flash(spec, "bf16" if rounding else "fp32")
+    name, make = ("flash_bf16", flash_bf16.make_flash_bf16) if rounding else ("flash", flash.make_flash)
+    kernel = lowering.kernels.get(name, (spec, tile, name), lambda unique: make(spec, tile, unique))
     inputs = [lowering.value(node.inputs[index]) for index in range(3)] + ([] if value is None else [value])
     return lowering.call(kernel, inputs, ((batch, spec.S, spec.heads * spec.value.dim), "float32"))
 
