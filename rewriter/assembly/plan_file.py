@@ -36,7 +36,7 @@ def save_plan(folder: Path, graph: OnnxGraph, plan: Plan, before: Iterable[Site]
     sites: dict[str, dict[str, Any]] = {}
     for site in after:
         before_it, site = _comparable(originals[site.id], site)
-        changes = dict(_changes(before_it, site))
+        changes = dict(changes_between(before_it, site))
         arrays = {path: value for path, value in changes.items() if isinstance(value, np.ndarray)}
         tensors |= {f"{site.id}:{path}": _storable(array) for path, array in arrays.items()}
         plain = {path: value for path, value in changes.items() if path not in arrays}
@@ -87,7 +87,7 @@ def restore(graph: OnnxGraph, sites: Iterable[Site], path: Path) -> tuple[Plan, 
                 raise DataError(f"{file.with_name(_TENSORS)} lacks {name}:{field}", "Copy both files of the plan")
             changes[field] = _original(tensors[f"{name}:{field}"], dtype)
         start = _linear_start(known[name]) if entry.get("kind") == _LINEAR else known[name]
-        found[name] = _changed(start, changes, file)
+        found[name] = with_changes(start, changes, file)
     return _plan_of(text, file), found
 
 
@@ -103,13 +103,13 @@ def _linear_start(site: Site) -> LinearSite:
     return LinearSite(site.id, site.value, site.output, site)
 
 
-def _changes(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def changes_between(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Fields that differ, by dotted path, down to arrays and plain values; a part that is new is given whole."""
     for field in dataclasses.fields(after):
         old, new = getattr(before, field.name), getattr(after, field.name)
         path = prefix + field.name
         if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
-            yield from _changes(old, new, f"{path}.")
+            yield from changes_between(old, new, f"{path}.")
         elif isinstance(new, np.ndarray):
             if not (isinstance(old, np.ndarray) and old.dtype == new.dtype and np.array_equal(old, new)):
                 yield path, new
@@ -117,8 +117,8 @@ def _changes(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, A
             yield path, list(new) if isinstance(new, tuple) else new
 
 
-def _changed(site: Any, changes: Mapping[str, Any], file: Path) -> Any:
-    """The inverse of `_changes`."""
+def with_changes(site: Any, changes: Mapping[str, Any], file: Path) -> Any:
+    """The inverse of `changes_between`."""
     here: dict[str, Any] = {}
     deeper: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
@@ -129,7 +129,7 @@ def _changed(site: Any, changes: Mapping[str, Any], file: Path) -> Any:
             deeper.setdefault(name, {})[rest] = value
         else:
             here[name] = _tuples(value)
-    parts = {name: _changed(getattr(site, name), inner, file) for name, inner in deeper.items()}
+    parts = {name: with_changes(getattr(site, name), inner, file) for name, inner in deeper.items()}
     return dataclasses.replace(site, **here, **parts)
 
 

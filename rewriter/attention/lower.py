@@ -28,9 +28,9 @@ from rewriter.graph.stepper import Fragment
 def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxGraph:
     """A new graph with composites in place of the sites' regions. The given graph stays as it is.
 
-    Inputs, outputs, dtypes and dynamic axes are unchanged, but for caches whose sizes a rewrite changed; weights are the sites' own, rounded to the graph's float
-    dtype unless `exact` (only for checks in float64). Raises `Refused` for a site
-    without an output projection, `ModelError` for a site of another graph.
+    Inputs, outputs, dtypes and dynamic axes are unchanged, but for the sizes of caches that a rewrite changed. Weights
+    are the sites' own, rounded to the graph's float dtype unless `exact` (only for checks in float64). Raises `Refused`
+    for a site without an output projection, `ModelError` for a site of another graph.
     """
     lowered = graph.clone()
     lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
