@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -26,16 +30,31 @@ def solve(problem: Problem, budget: float, excluded: Sequence[Mapping[str, Choic
     for cut in excluded:
         row = np.array([1.0 if cut.get(choice.site) == choice else 0.0 for choice in flat])
         constraints.append(LinearConstraint(row, -np.inf, len(problem.sites) - 1))
-    result = milp(
-        c=np.array([choice.latency_s for choice in flat]) / scale,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        result = milp(
+            c=np.array([choice.latency_s for choice in flat]) / scale,
+            constraints=constraints,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     return {choice.site: choice for choice, on in zip(flat, result.x, strict=True) if on > 0.5}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS now and then prints a line of its own debugging to the process's output, where a report may go."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _one_per_site(problem: Problem, width: int) -> LinearConstraint:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 
 from rewriter.core.option import Option
+from rewriter.search import solvers
 from rewriter.search.problem import Choice, Problem, undominated
 from rewriter.search.solvers import solve, solve_exhaustively
 
@@ -63,3 +65,12 @@ def test_plan_and_pick_are_inverse() -> None:
     picked = solve(problem, 1.0)
     assert picked is not None
     assert problem.pick(problem.plan(picked)) == picked
+
+
+def test_nothing_is_printed_while_solving(capfd: pytest.CaptureFixture[str]) -> None:
+    problem = Problem({"a": (Choice("a", (), 2.0, 0.0), Choice("a", (Option.of("x", "a"),), 1.0, 0.1))})
+    with solvers._silent():
+        os.write(1, b"from a library\n")
+    print("from us", flush=True)
+    assert solve(problem, 1.0) is not None
+    assert capfd.readouterr().out == "from us\n"
