@@ -177,7 +177,7 @@ def _convert(option: dataclasses.Field[Any], text: Any) -> Any:
         return option.metadata["parse"](text)
     if "Path" in str(option.type):
         return Path(text)
-    if str(option.type) == "int":
+    if str(option.type) in ("int", "int | None"):
         return _whole_number(option.name, text)
     return text
 

@@ -17,6 +17,7 @@ from rewriter.report.markdown import summary
 from rewriter.report.output import check_output, writing
 from rewriter.search.decision import Outcome, decide_between, exact_only, replay, with_data
 from rewriter.search.dry import dry_summary, foretell
+from rewriter.search.lengths import Served, serve_lengths
 from rewriter.search.opening import open_session
 from rewriter.search.publish import publish
 from rewriter.search.session import Session, default_cache, scratch
@@ -25,7 +26,7 @@ from rewriter.search.session import Session, default_cache, scratch
 _STAGES_S = {"load": 2.0, "recognise": 15.0, "exact": 25.0, "write": 5.0}
 _REPLAY_S = {"load": 2.0, "recognise": 15.0, "finals": 40.0, "write": 5.0}
 _SEARCH_S = {"reference": 15.0, "statistics": 20.0, "costs": 60.0, "scale": 40.0, "assembly": 100.0}
-_PROOF_S = {"finals": 50.0, "proof": 60.0}
+_PROOF_S = {"finals": 50.0, "proof": 60.0, "lengths": 40.0}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,19 @@ def optimize(model: Path, options: Options, listener: Listener | None = None) ->
             return Result(foretell(session), None)
         session.log = log
         outcome = _outcome(session)
-        return Result(publish(session, outcome, folder), folder, outcome.interrupted)
+        outcome, served = _served(session, outcome)
+        return Result(publish(session, outcome, folder, served), folder, outcome.interrupted)
+
+
+def _served(session: Session, outcome: Outcome) -> tuple[Outcome, Served | None]:
+    """What was built for the lengths of requests; whoever interrupts that gets the result without."""
+    if outcome.interrupted:
+        return outcome, None
+    try:
+        return outcome, serve_lengths(session, outcome)
+    except KeyboardInterrupt:
+        session.notes.append("interrupted while sizes were chosen: model.so has the one that was optimised for")
+        return outcome.cut_short(), None
 
 
 def _outcome(session: Session) -> Outcome:

@@ -23,10 +23,14 @@ _FORM = 'Write {"lengths": {"17": 120, "23": 80}}, {"lengths": [17, 17, 23]} or 
 
 @dataclass(frozen=True)
 class Requests:
-    """How often each size of request comes: `counts` by (batch, tokens). `source` says where that was learnt."""
+    """How often each size of request comes: `counts` by (batch, tokens). `source` says where that was learnt.
+
+    `room`: so many tokens must fit, whether or not any request counted here has them.
+    """
 
     counts: Mapping[Size, int]
     source: str
+    room: int = 0
 
     @property
     def total(self) -> int:
@@ -35,13 +39,21 @@ class Requests:
 
     @property
     def longest(self) -> int:
-        """The most tokens of any request."""
-        return max(tokens for _, tokens in self.counts)
+        """The most tokens that must fit."""
+        return max(self.room, *(tokens for _, tokens in self.counts))
 
     @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes that occur, rising."""
         return tuple(sorted({batch for batch, _ in self.counts}))
+
+    @property
+    def usual_batch(self) -> int:
+        """The most frequent batch size."""
+        often: Counter[int] = Counter()
+        for (batch, _), count in self.counts.items():
+            often[batch] += count
+        return often.most_common(1)[0][0]
 
     @property
     def mean_tokens(self) -> float:

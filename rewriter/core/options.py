@@ -16,6 +16,8 @@ Emit = Literal["artifact", "static-library"]
 Tuner = Literal["templates", "metaschedule"]
 Precision = Literal["fp32", "bf16", "int8", "any"]
 
+MOST_BUCKETS = 32
+
 
 @dataclass(frozen=True)
 class MaxDrop:
@@ -80,6 +82,12 @@ class Options:
         default_factory=dict,
         metadata={"help": "sizes to optimise for, such as input_ids=1x128; may be repeated", "flag": "--shape"},
     )
+    shape_histogram: Path | None = field(
+        default=None, metadata={"help": "JSON of how often each length comes: sizes are built for it and timed over it"}
+    )
+    buckets: int | None = field(
+        default=None, metadata={"help": "how many sizes to build for (default: while one more saves 2%% of the time)"}
+    )
     runtime: Runtime = field(
         default="tvm", metadata={"help": "what runs the result", "choices": ("tvm", "onnxruntime", "auto")}
     )
@@ -128,6 +136,10 @@ class Options:
     dry_run: bool = field(default=False, metadata={"help": "say what would be tried, then stop"})
 
     def __post_init__(self) -> None:
+        if self.buckets is not None and not 0 < self.buckets <= MOST_BUCKETS:
+            raise OptionError(f"--buckets {self.buckets} is not from 1 to {MOST_BUCKETS}", "Each costs compile time")
+        if self.shape_histogram is not None and self.emit != "artifact":
+            raise OptionError(f"--emit {self.emit} has one shape", "Leave --shape-histogram out")
         if self.emit != "artifact" and not self.compile_only:
             raise OptionError(f"--emit {self.emit} times nothing", "Add --compile-only")
         if self.tuner != "templates" and (self.compile_only or self.rpc is not None or self.runtime == "onnxruntime"):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rewriter.core.errors import UserError
 from rewriter.measurement.memory import own_peak_bytes
 from rewriter.runtimes.base import Clocked, Executable, of_spec, stopwatch
 from rewriter.runtimes.worker_main import discard, fetch, store
@@ -82,18 +83,17 @@ class WorkerBench:
         """Load the artifact in the worker."""
         s = self._subject
         arguments = (s.name, s.runtime, s.artifact, s.feeds, self._worker.threads, s.whole)
-        result: WorkerFailure | None = self._worker.call(f"{_HERE}:open_subject", *arguments, timeout_s=self._timeout_s)
+        result: WorkerFailure | None = self._call("open_subject", *arguments)
         return result
 
     def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
         """Time a block in the worker, by its own clock."""
-        result: Block | WorkerFailure
-        result = self._worker.call(f"{_HERE}:run_block", self._subject.name, runs, warm_up, timeout_s=self._timeout_s)
+        result: Block | WorkerFailure = self._call("run_block", self._subject.name, runs, warm_up)
         return result
 
     def peak_bytes(self) -> int | None:
         """As the worker's process reports it."""
-        result = self._worker.call(f"{_HERE}:peak_bytes", self._subject.name, timeout_s=self._timeout_s)
+        result = self._call("peak_bytes", self._subject.name)
         return result if isinstance(result, int) else None
 
     def close(self) -> None:
@@ -101,7 +101,14 @@ class WorkerBench:
         if self._shared is None:
             self._worker.close()
         elif self._shared.pid is not None:
-            self._worker.call(f"{_HERE}:close_subject", self._subject.name, timeout_s=self._timeout_s)
+            self._call("close_subject", self._subject.name)
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """What a subject cannot do is its own failure, whoever is to blame for it: the others race on."""
+        try:
+            return self._worker.call(f"{_HERE}:{function}", *arguments, timeout_s=self._timeout_s)
+        except UserError as error:
+            return WorkerFailure("error", str(error))
 
 
 def save_feeds(batches: Sequence[Mapping[str, Any]], folder: Path) -> tuple[Path, ...]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewriter.report.lengths import lengths_lines, lengths_section
+from rewriter.report.words import cell, latency, ratio
+
+__all__ = ["cell", "latency", "markdown", "ratio", "summary"]
+
 Report = Mapping[str, Any]
 
 _RIVALS = {
@@ -20,6 +25,7 @@ def summary(report: Report) -> str:
     for artifact, rivals in report["speedup"].items():
         facts = [f"{ratio(value)} against {_RIVALS[name]}" for name, value in rivals.items() if value]
         lines += [f"  {artifact}: " + "; ".join(facts)] if facts else []
+    lines += ["  " + line for line in lengths_lines(report.get("lengths"), _RIVALS)]
     lines += ["  " + line for line in _quality(report)]
     lines += [f"  note: {note}" for note in report["notes"]]
     if report.get("output"):
@@ -31,6 +37,7 @@ def markdown(report: Report) -> str:
     """The whole report for people."""
     parts = [f"# {_headline(report)}", ""]
     parts += _speed_section(report)
+    parts += lengths_section(report.get("lengths"), _RIVALS)
     parts += ["## Does it still do its job?", "", *[f"- {line}" for line in _quality(report)], ""]
     parts += _sites_section(report)
     parts += _search_section(report)
@@ -39,17 +46,6 @@ def markdown(report: Report) -> str:
     parts += ["## Where this was measured", ""]
     parts += [f"- {name}: {cell(value)}" for name, value in report["environment"].items()]
     return "\n".join(parts) + "\n"
-
-
-def ratio(value: Mapping[str, float]) -> str:
-    """``1.52x [1.49, 1.56]``."""
-    return f"{value['median']:.2f}x [{value['low']:.2f}, {value['high']:.2f}]"
-
-
-def cell(text: object) -> str:
-    """Text that cannot break out of a Markdown table or become markup: names come from the user's model."""
-    escaped = str(text).replace("\\", "\\\\").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
-    return " ".join(escaped.split())
 
 
 def _headline(report: Report) -> str:
@@ -114,13 +110,6 @@ def _speed_section(report: Report) -> list[str]:
         ]
         lines.append("")
     return lines
-
-
-def latency(value: Mapping[str, float] | None) -> str:
-    """``14.2 ms [14.0, 14.5]``."""
-    if value is None:
-        return "not measured"
-    return f"{1e3 * value['median']:.2f} ms [{1e3 * value['low']:.2f}, {1e3 * value['high']:.2f}]"
 
 
 def _sites_section(report: Report) -> list[str]:

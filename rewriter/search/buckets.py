@@ -1,4 +1,4 @@
-"""Which few sizes to build for: those with the least expected time over the requests, by what sizes were measured to take.
+"""Which few sizes to build for: those with the least expected time over the requests, as measured at some sizes.
 
 Padded tokens are not what padding costs: time has a constant part, a part that grows with the square, and steps where
 a kernel's tile is full. So the choice goes by seconds, measured at some sizes and interpolated between them.
@@ -43,7 +43,7 @@ class Curve:
     def __call__(self, size: Size) -> float:
         """Seconds of one run at a size."""
         batch, tokens = size
-        at = [float(np.interp(tokens, *zip(*row, strict=True))) for row in self._rows.values()]
+        at = [float(np.interp(tokens, [t for t, _ in row], [s for _, s in row])) for row in self._rows.values()]
         return float(np.interp(batch, list(self._rows), at))
 
 
@@ -53,7 +53,7 @@ def candidates(requests: Requests) -> list[Size]:
 
 
 def probes(requests: Requests, count: int) -> list[Size]:
-    """About `count` of the candidates per batch whose measured times show the whole curve: the ends, and between by ratio."""
+    """About `count` of the candidates per batch whose times show the whole curve: both ends, and evenly by ratio."""
     lengths = _lengths(requests)
     wanted = np.geomspace(lengths[0], lengths[-1], max(2, count))
     near = sorted({min(lengths, key=lambda tokens: abs(tokens - goal)) for goal in wanted})
@@ -79,7 +79,7 @@ def choose(requests: Requests, seconds: Curve, count: int | None = None, most: i
 
 
 def serving(sizes: Sequence[Size], request: Size) -> Size | None:
-    """Of these sizes the one that a request goes to, the smallest that holds it as artifacts choose; None if none does."""
+    """Of these sizes the smallest that holds a request, which is what artifacts choose; None if none does."""
     holding = [size for size in sizes if size[0] >= request[0] and size[1] >= request[1]]
     return min(holding, key=lambda size: (size[0] * size[1], size), default=None)
 
@@ -150,7 +150,8 @@ class _Plan:
         used = np.flatnonzero(weight)
         if not used.size:
             return np.inf, ()
-        end = int(used[-1])
+        # The largest batch keeps room for the longest, whether or not any request was that long.
+        end = len(self.lengths) - 1 if i == len(self.batches) else int(used[-1])
         before = np.concatenate([[0.0], np.cumsum(weight)])
         took = np.array([self.seconds((self.batches[i - 1], tokens)) for tokens in self.lengths[: end + 1]])
         cost = before[1 : end + 2] * took

@@ -89,7 +89,6 @@ def with_data(session: Session, so_far: Outcome) -> Search:
     assert session.splits is not None
     with session.progress.stage("reference", "running the original on calibration and selection samples"):
         scorer = Scorer.fit(session)
-        session.padded_axis = session.splits.select.padded_axis if scorer.crop else None
         session.progress.advance(1.0, f"metric {scorer.metric.name} ({scorer.metric.why})")
     sites = apply_exact(session.lowerable, so_far.exact, session.selection.passes)
     return search(session, scorer, sites, so_far.exact)

@@ -25,7 +25,7 @@ from rewriter.runtimes.tvm.target import detect
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.selection import select_passes
 from rewriter.search.session import Session
-from rewriter.search.workload import choose_workload
+from rewriter.search.traffic import choose_traffic
 
 _DEVICE_LIMIT_S = 60.0
 _BUILD_MEMORY_BYTES = 16 * 2**30
@@ -44,7 +44,7 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
     with progress.stage("load", f"reading {model}"):
         graph = load(model)
         data = _data(graph, options)
-        workload = choose_workload(graph, data, options.shapes, options.seed)
+        workload, traffic = choose_traffic(graph, data, options)
         splits = _splits(data, options, notes)
         check_room(folder, 6 * _weight_bytes(graph))
     with progress.stage("recognise", "finding attention and feed-forward blocks by what they compute"):
@@ -62,7 +62,7 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
             _check_device(timer, target)
         yield Session(
             options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
-            notes=notes,
+            traffic=traffic, notes=notes,
         )  # fmt: skip
 
 

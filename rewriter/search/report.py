@@ -14,6 +14,8 @@ from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Site
 from rewriter.measurement import environment
 from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
+from rewriter.search.lengths import Served
+from rewriter.search.lengths_report import lengths_entry
 from rewriter.search.session import Session
 from rewriter.search.variant import Variant
 
@@ -21,7 +23,7 @@ from rewriter.search.variant import Variant
 _WRONG_KIND = ("not-attention", "not-feed-forward")
 
 
-def build_report(session: Session, outcome: Outcome) -> dict[str, Any]:
+def build_report(session: Session, outcome: Outcome, served: Served | None = None) -> dict[str, Any]:
     """Everything of report.json; see rewriter/report/schema.json."""
     return {
         "format": 1,
@@ -34,6 +36,7 @@ def build_report(session: Session, outcome: Outcome) -> dict[str, Any]:
             artifact: {name: _interval(value) for name, value in rivals.items()}
             for artifact, rivals in speedups(outcome).items()
         },
+        "lengths": None if served is None else lengths_entry(served),
         "metric": _metric(outcome),
         "task": _task(outcome),
         "sites": [_site(session, outcome, site) for site in session.recognition.sites],

@@ -24,6 +24,7 @@ from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes import jobs
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.selection import Selection
+from rewriter.search.traffic import Traffic
 from rewriter.search.workload import Workload
 
 TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
@@ -53,7 +54,7 @@ class Session:
     builder: Worker
     timer: Worker
     log: Path | None = None
-    padded_axis: str | None = None
+    traffic: Traffic | None = None
     variants_timed: int = 0
     notes: list[str] = field(default_factory=list)
 

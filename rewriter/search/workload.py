@@ -28,16 +28,22 @@ class Workload:
 
 
 def choose_workload(
-    graph: OnnxGraph, data: Dataset | None, asked: Mapping[str, tuple[int, ...]], seed: int = 0
+    graph: OnnxGraph,
+    data: Dataset | None,
+    asked: Mapping[str, tuple[int, ...]],
+    seed: int = 0,
+    usual: Mapping[str, int] | None = None,
 ) -> Workload:
     """Shapes from `asked` (``--shape``), else one sample of the data, else the model's own static ones.
 
-    Equal names of dynamic axes are bound together. Raises `OptionError` if a size stays unknown or does not fit.
+    `usual` has sizes of named axes for what nothing else says. Equal names of dynamic axes are bound together. Raises
+    `OptionError` if a size stays unknown or does not fit.
     """
     sizes = _bound_sizes(graph.inputs, asked)
     if data is not None and not asked:
         first = {name: (1, *array.shape[1:]) for name, array in data.inputs.items()}
         sizes = _bound_sizes(graph.inputs, first)
+    sizes = {**(usual or {}), **sizes}
     shapes = {spec.name: _resolve(spec, sizes) for spec in graph.inputs}
     feeds = _from_data(data, shapes, seed) if data is not None else []
     if not feeds:

@@ -70,6 +70,14 @@ def test_one_length_is_one_bucket_however_many_are_asked_for() -> None:
     assert candidates(requests) == [(1, 17)] == probes(requests, 3)
 
 
+def test_room_beyond_what_was_counted_gets_a_size_of_its_own() -> None:
+    requests = Requests({(1, 10): 5, (1, 30): 5}, "here", room=64)
+    curve = Curve({(1, 8): 1.0, (1, 64): 8.0})
+    assert choose(requests, curve, 1).sizes == ((1, 64),)
+    assert choose(requests, curve, 2).sizes == ((1, 32), (1, 64))
+    assert choose(requests, curve).sizes == ((1, 16), (1, 32), (1, 64))
+
+
 def test_many_lengths_stay_few_candidates_and_probes_reach_both_ends() -> None:
     requests = Requests.of_lengths(range(1, 4001), "here")
     lengths = [tokens for _, tokens in candidates(requests)]

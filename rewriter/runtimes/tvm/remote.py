@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -46,9 +46,16 @@ class TvmRemote(TvmRuntime):
 
     name = "tvm-rpc"
 
-    def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
+    def build_buckets(
+        self,
+        graph: OnnxGraph,
+        shapes: Sequence[Mapping[str, tuple[int, ...]]],
+        folder: Path,
+        target: Target,
+        pad: Mapping[str, float] | None = None,
+    ) -> Path:
         """An artifact with the address of the device beside it."""
-        built = super().build(graph, shapes, folder, target)
+        built = super().build_buckets(graph, shapes, folder, target, pad)
         (built / REMOTE).write_text(json.dumps({"remote": target.remote}) + "\n")
         return built
 

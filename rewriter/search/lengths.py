@@ -1,0 +1,249 @@
+"""Serving requests of all lengths: which sizes the artifact is built for, and how fast it is over what comes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewriter.core.errors import ModelError, UserError
+from rewriter.core.lengths import Size
+from rewriter.core.options import Effort
+from rewriter.graph.onnx import OnnxGraph
+from rewriter.measurement.bench import Subject, WorkerBench, save_feeds
+from rewriter.measurement.mix import RULES, mix_subject, save_requests
+from rewriter.measurement.race import Progress, RaceResult, race
+from rewriter.runtimes.retry import call_twice
+from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.search.buckets import Curve, choose, expected_s, probes, serving
+from rewriter.search.decision import Outcome
+from rewriter.search.padding import shapes_at
+from rewriter.search.session import Session
+from rewriter.search.traffic import Traffic
+
+logger = logging.getLogger("rewriter")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+ARTIFACT = "model.so"
+_ORIGINAL = "original"
+_PROBES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "thorough": 7}
+_REQUESTS: Mapping[Effort, int] = {"quick": 12, "normal": 24, "thorough": 64}
+_RACE_S: Mapping[Effort, float] = {"quick": 5.0, "normal": 20.0, "thorough": 90.0}
+_TIMING_S: Mapping[Effort, float] = {"quick": 1.5, "normal": 5.0, "thorough": 20.0}
+_BUILD_LIMIT_S = 900.0
+_SEARCH_LIMIT_S = 3600.0
+_TIMING_LIMIT_S = 300.0
+_MOST_ROUNDS = 3  # of choosing, measuring what was chosen, and choosing again
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the artifact is built for, and why.
+
+    `curve` holds the measured sizes (None: nothing was timed), `choice_s` how long all that took. `exact`: only
+    these very sizes run, because padding would change the answers. `race`: passes over `sampled` requests, by subject.
+    """
+
+    traffic: Traffic
+    sizes: tuple[Size, ...]
+    artifact: Path | None
+    curve: Curve | None = None
+    choice_s: float = 0.0
+    exact: bool = False
+    race: RaceResult | None = None
+    sampled: int = 0
+
+    @property
+    def expected_s(self) -> float | None:
+        """Mean seconds of a request in these sizes, by the curve."""
+        known = self.curve is not None and not self.exact
+        return expected_s(self.traffic.requests, self.sizes, self.curve) if known and self.curve is not None else None
+
+
+def serve_lengths(session: Session, outcome: Outcome) -> Served | None:
+    """Choose the sizes, build what was kept for them, and time it over the requests; None without known lengths.
+
+    What cannot be built or timed becomes a note: the artifact then has the one size that was optimised for.
+    """
+    traffic = session.traffic
+    if traffic is None:
+        return None
+    several = len(traffic.requests.counts) > 1 or traffic.requests.room > traffic.requests.quantile(1.0)
+    if traffic.harm and not traffic.asked:
+        session.notes.append(f"model.so has one size, because padding is not harmless: {traffic.harm}")
+        return None
+    if not several and not traffic.asked:
+        return None
+    what = f"choosing sizes for {traffic.requests.source} and timing requests of all lengths"
+    with session.progress.stage("lengths", what):
+        try:
+            served = _exactly(session, outcome, traffic) if traffic.harm else _padded(session, outcome, traffic)
+            session.progress.advance(0.5, sentence(served))
+        except UserError as problem:
+            session.notes.append(f"model.so was not built for {traffic.requests.source}: {problem}")
+            served = Served(traffic, (), None)
+        return _raced(session, outcome, served)
+
+
+def sentence(served: Served) -> str:
+    """Which sizes and how many of the requests each serves."""
+    shares = shares_served(served)
+    plain = all(batch == 1 for batch, _ in served.sizes)
+    parts = [f"{tokens if plain else f'{batch}x{tokens}'} ({100 * shares[batch, tokens]:.0f} %)"
+             for batch, tokens in served.sizes]  # fmt: skip
+    return f"sizes {', '.join(parts)} of {served.traffic.requests.source}"
+
+
+def shares_served(served: Served) -> dict[Size, float]:
+    """The share of requests by the size that serves them."""
+    found = dict.fromkeys(served.sizes, 0.0)
+    for request, share in served.traffic.requests.shares().items():
+        size = (request if request in found else None) if served.exact else serving(served.sizes, request)
+        if size is not None:
+            found[size] += share
+    return found
+
+
+def _padded(session: Session, outcome: Outcome, traffic: Traffic) -> Served:
+    """Sizes with the least expected time: measured at a few, chosen, measured again where that chose others."""
+    requests, options = traffic.requests, session.options
+    wanted = probes(requests, _PROBES[options.effort])
+    begun_s = time.monotonic()
+    curve = _measured(session, outcome, wanted, "sizes-0")
+    for number in range(1, _MOST_ROUNDS):
+        chosen = choose(requests, curve, options.buckets)
+        session.progress.advance(0.1 * number)
+        if set(chosen.sizes) <= set(curve.measured_s):
+            break
+        wanted = sorted({*wanted, *chosen.sizes})
+        curve = _measured(session, outcome, wanted, f"sizes-{number}")
+    sizes = choose(requests, curve, options.buckets).sizes
+    artifact = build_sizes(session, outcome.kept.graph, sizes, "served")
+    return Served(traffic, sizes, artifact, curve, time.monotonic() - begun_s)
+
+
+def _measured(session: Session, outcome: Outcome, sizes: Sequence[Size], name: str) -> Curve:
+    return Curve(_timed(session, build_sizes(session, outcome.kept.graph, sizes, name), sizes))
+
+
+def _exactly(session: Session, outcome: Outcome, traffic: Traffic) -> Served:
+    """The most frequent sizes as they are; nothing else will run."""
+    count = session.options.buckets or 8
+    counts = traffic.requests.counts
+    sizes = tuple(sorted(sorted(counts, key=lambda size: (-counts[size], size))[:count]))
+    begun_s = time.monotonic()
+    artifact = build_sizes(session, outcome.kept.graph, sizes, "served")
+    session.notes.append(f"only the sizes built for will run, because padding is not harmless: {traffic.harm}")
+    return Served(traffic, sizes, artifact, None, time.monotonic() - begun_s, exact=True)
+
+
+def build_sizes(session: Session, graph: OnnxGraph, sizes: Sequence[Size], name: str) -> Path:
+    """An artifact for these sizes; requests between are padded where that is harmless. Raises `UserError`."""
+    traffic = session.traffic
+    assert traffic is not None
+    shapes = [shapes_at(graph.inputs, session.workload.shapes, traffic.axes, size) for size in sizes]
+    pad = {} if traffic.harm else {spec.name: 0.0 for spec in graph.inputs}
+    return build_artifact(session, graph, shapes, pad, name)
+
+
+def build_artifact(
+    session: Session, graph: OnnxGraph, shapes: Sequence[Shapes], pad: Mapping[str, float], name: str
+) -> Path:
+    """An artifact for several sets of shapes, in the guarded worker. Raises `UserError` when that fails."""
+    saved = graph.save(session.folder / f"{name}.onnx")
+    arguments = (session.engine, saved, shapes, session.folder / name, session.target, pad, session.cache / "compiled")
+    limit_s = _SEARCH_LIMIT_S if session.options.tuner == "metaschedule" else _BUILD_LIMIT_S
+    spec = f"{__name__}:build_in_worker"
+    built = call_twice(session.builder, spec, *arguments, timeout_s=limit_s, told=session.notes.append)
+    if isinstance(built, WorkerFailure):
+        raise ModelError(f"the TVM build failed: {built}", "model.onnx runs in ONNX Runtime all the same")
+    return Path(built)
+
+
+def build_in_worker(
+    runtime: str,
+    model: Path,
+    shapes: Sequence[Shapes],
+    folder: Path,
+    target: Any,
+    pad: Mapping[str, float],
+    cache: Path,
+) -> Path:
+    """In the worker: one artifact for several sets of shapes."""
+    from rewriter.graph.onnx import load
+    from rewriter.runtimes.base import of_spec
+    from rewriter.runtimes.tvm.runtime import TvmRuntime
+
+    engine = of_spec(runtime)
+    assert isinstance(engine, TvmRuntime)
+    engine.cache = cache
+    return engine.build_buckets(load(model), shapes, folder, target, pad)
+
+
+def _timed(session: Session, artifact: Path, sizes: Sequence[Size]) -> dict[Size, float]:
+    """Seconds of one run at each size, all in turn in one process."""
+    assert session.traffic is not None
+    make, effort = session.traffic.make, session.options.effort
+    feeds = save_feeds([make(*size, index) for index, size in enumerate(sizes)], session.folder / "sized")
+    spec = "rewriter.measurement.together:time_together"
+    paths = ([str(artifact)] * len(sizes), [str(path) for path in feeds])
+    arguments = (session.engine, *paths, session.target.threads, 60, _TIMING_S[effort], session.options.seed)
+    found = call_twice(session.timer, spec, *arguments, timeout_s=_TIMING_LIMIT_S, told=session.notes.append)
+    if isinstance(found, WorkerFailure):
+        raise ModelError(f"timing it at several sizes failed: {found}", "See optimize.log")
+    session.variants_timed += len(sizes)
+    return {size: float(np.median(runs)) for size, runs in zip(sizes, found, strict=True)}
+
+
+def _raced(session: Session, outcome: Outcome, served: Served) -> Served:
+    """Passes over a sample of requests, in turn with everybody who took part in the finals."""
+    requests, options = served.traffic.requests, session.options
+    if len(requests.counts) < 2 or served.exact:
+        return served
+    count = _REQUESTS[options.effort]
+    paths = save_requests(requests, count, served.traffic.make, session.folder / "requests", options.seed)
+    subjects = _subjects(session, outcome, served, paths)
+    if len(subjects) < 2:
+        return served
+    budget_s = _RACE_S[options.effort]
+    rules = replace(RULES, budget_s=budget_s, reopen_every=0 if options.effort == "quick" else RULES.reopen_every)
+
+    def report(state: Progress) -> None:
+        session.progress.advance(0.5 + 0.5 * min(1.0, state.elapsed_s / budget_s))
+
+    threads = session.target.threads
+    with Worker("device", threads) as shared:
+        apart = None
+        if session.target.remote:
+            apart = lambda one: WorkerBench(one, threads, (), rules.timeout_s, shared)  # noqa: E731
+        result = race(subjects, threads=threads, rules=rules, progress=report, open_bench=apart)
+    for name, failure in result.failures.items():
+        session.notes.append(f"{name} took no part in the race over lengths: {failure}")
+    session.variants_timed += len(result)
+    return replace(served, race=result, sampled=count)
+
+
+def _subjects(session: Session, outcome: Outcome, served: Served, paths: Sequence[Path]) -> list[Subject]:
+    """What is kept, the original in the same runtime and sizes, and runtimes with dynamic shapes on both graphs."""
+    subjects = []
+    if served.artifact is not None:
+        subjects.append(mix_subject(ARTIFACT, session.engine, served.artifact, paths))
+    if not outcome.kept_original and (session.options.effort != "quick" or session.target.remote):
+        try:
+            built = build_sizes(session, outcome.original.graph, served.sizes, "served-original")
+            subjects.append(mix_subject(_ORIGINAL, session.engine, built, paths))
+        except UserError as problem:
+            logger.info("the original takes no part in the race over lengths: %s", problem)
+    kept = outcome.kept.name
+    for name, entrant in outcome.finals.subjects.items():
+        label, _, ported = name.partition("@")
+        of_other = ported and label != kept
+        if entrant.runtime != session.engine and not of_other and name not in outcome.finals.result.failures:
+            subjects.append(mix_subject(name, entrant.runtime, entrant.artifact, paths))
+    return subjects
