@@ -7,7 +7,7 @@ single precision. A graph that cannot be lowered is no failure if the error name
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ _LOG = logging.getLogger(__name__)
 TOLERANCES = {"float16": 2e-2, "bfloat16": 1e-1}
 TOLERANCE = 1e-4
 
+Runner = Callable[[Any, list[dict[str, Any]]], list[dict[str, Any]]]
 Verdict = Literal["ok", "unsupported", "wrong", "failed"]
 
 
@@ -32,8 +33,11 @@ class Coverage:
     detail: str = ""
 
 
-def check(path: Path, rounds: Sequence[int] = (0, 1)) -> Coverage:
-    """Recognise, lower, build and compare one graph at sets of shapes; masks are hostile in all but the first."""
+def check(path: Path, rounds: Sequence[int] = (0, 1), run: Runner | None = None) -> Coverage:
+    """Recognise, lower, build and compare one graph at sets of shapes; masks are hostile in all but the first.
+
+    `run` gives the outputs of a graph for every set of feeds; TVM's unless told.
+    """
     from rewriter.attention.feeds import usable_feeds
     from rewriter.attention.lower import float_dtype, lower
     from rewriter.attention.paths import Paths
@@ -51,7 +55,7 @@ def check(path: Path, rounds: Sequence[int] = (0, 1)) -> Coverage:
         return Coverage("failed", len(sites), detail=f"no feeds: {problems[-1]}")
     feeds = _different([runs[number].feeds for number in rounds])
     try:
-        results = run_with_tvm(lower(graph, sites), feeds)
+        results = (run or run_with_tvm)(lower(graph, sites), feeds)
     except UnsupportedOperator as problem:
         return Coverage("unsupported", len(sites), detail=problem.what)
     kinds = {str(spec.dtype) for spec in (*graph.inputs, *graph.outputs)} | {str(float_dtype(graph))}

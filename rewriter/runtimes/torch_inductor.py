@@ -13,7 +13,13 @@ from torch.export import ExportedProgram
 
 from rewriter.core.errors import ModelError
 
-_SETTINGS = {"freezing": True}
+_SETTINGS = {
+    "freezing": True,
+    # The processor says what it has; trying each instruction set out takes as long as compiling the model.
+    "cpp.vec_isa_ok": True,
+    # These would lie outside of our folder, and pay from the second model on only.
+    "cpp_cache_precompile_headers": False,
+}
 
 
 def compile_package(program: ExportedProgram, place: Path, scratch: Path, threads: int) -> None:

@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         given = dict(kwargs or {})
         if not any(isinstance(leaf, Tensor) and self.depends(leaf) for leaf in tree_leaves((args, given))):
             return func(*args, **given)
-        if func in _LOOKS:
+        if func in _LOOKS or _sized_by_data(func, args):
             raise _LookedAtData(func.name())
         if func._schema.is_mutable and not self.depends(args[0]):
             raise _LookedAtData(f"{func.name()} writes into a constant")
@@ -144,6 +144,15 @@ class Recorder(TorchDispatchMode):
             self._constants[name] = tensor
             node = self._nodes[tensor] = self._graph.get_attr(name)
         return node
+
+
+def _sized_by_data(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of a result follows from values."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func not in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
+        return True
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _own(tensor: Tensor) -> Tensor:

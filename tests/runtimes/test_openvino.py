@@ -19,7 +19,7 @@ from rewriter.runtimes.base import Calibrated, Executable, Runtime, of_spec
 from rewriter.runtimes.openvino import OpenVino, OpenVinoBf16, OpenVinoInt8, settings
 from rewriter.runtimes.workers import Worker
 from tests.runtimes.composite_graphs import graph_of, tensor_input
-from tests.runtimes.test_onnxruntime import TARGET, batch, two_layers
+from tests.runtimes.two_layers import TARGET, batch, two_layers
 
 pytestmark = pytest.mark.skipif(util.find_spec("openvino") is None, reason="openvino is not installed")
 needs_nncf = pytest.mark.skipif(util.find_spec("nncf") is None, reason="nncf is not installed")
