@@ -69,7 +69,10 @@ class KullbackLeibler(Metric):
 
 
 class RelativeError(Metric):
-    """Distance from the original's outputs relative to their size, over all outputs; capped at one."""
+    """Distance from the original's outputs relative to their size, over all outputs of equal shape; capped at one.
+
+    Caches whose sizes were changed cannot be compared, and are judged by what is computed from them.
+    """
 
     name: ClassVar[str] = "relative_error"
     unit: ClassVar[str] = "share"
@@ -84,6 +87,8 @@ class RelativeError(Metric):
         rows = len(original[self.output])
         distance, size = np.zeros(rows), np.zeros(rows)
         for name in names:
+            if original[name].shape != new[name].shape:
+                continue
             a, b = (without_padding(outputs[name], mask).reshape(rows, -1) for outputs in (original, new))
             distance += ((b - a) ** 2).sum(1)
             size += (a**2).sum(1)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from rewriter.core.operand import Projection
 from rewriter.core.refusal import Refusal
-from rewriter.core.site import AttentionSite, Site
+from rewriter.core.site import AttentionSite, RaisedSite, Site, State
 from rewriter.graph.composites import is_composite
 from rewriter.graph.onnx import OnnxGraph, constant_of
 
@@ -44,8 +44,8 @@ def cache_ports(graph: OnnxGraph, site: AttentionSite) -> tuple[CachePort, ...]:
         if operand.past or operand.present:
             entry = _input_of(graph, operand.past) if operand.past else None
             leave = _output_of(graph, operand.present) if operand.present else None
-            names = ("" if value is None else str(value.name) for value in (entry, leave))
-            found.append(CachePort(role, *names, operand.heads, operand.dim))
+            into, out_of = ("" if value is None else str(value.name) for value in (entry, leave))
+            found.append(CachePort(role, into, out_of, operand.heads, operand.dim))
     return tuple(found)
 
 
@@ -76,18 +76,18 @@ def cache_problem(lowered: OnnxGraph, site: AttentionSite) -> Refusal | None:
     return None
 
 
-def with_cache_problems(graph: OnnxGraph, sites: Sequence[Site]) -> list[Site]:
+def with_cache_problems(graph: OnnxGraph, sites: Sequence[RaisedSite]) -> list[RaisedSite]:
     """The sites, those with a cache told why its sizes must stay, if there is a reason."""
     from rewriter.attention.lower import lower
 
     cached = [site for site in sites if isinstance(site, AttentionSite) and site.cached]
-    ready = [site for site in cached if site.state == "lowerable"]
+    ready = [site for site in cached if site.state is State.LOWERABLE]
     if not ready:
         return list(sites)
     lowered = lower(graph, ready)
     found = {site.id: problem for site in ready if (problem := cache_problem(lowered, site)) is not None}
     return [
-        replace(site, problems=(*site.problems, found[site.id])) if site.id in found else site  # type: ignore[type-var]
+        replace(site, problems=(*site.problems, found[site.id])) if site.id in found else site
         for site in sites
     ]
 

@@ -110,6 +110,9 @@ class Options:
     passes: str | None = field(
         default=None, metadata={"help": "only these passes, such as head_pruning,ffn_pruning{width=1024}"}
     )
+    allow_cache_change: bool = field(
+        default=False, metadata={"help": "let the sizes of key/value caches in inputs and outputs change"}
+    )
     plan: Path | None = field(default=None, metadata={"help": "rebuild from this plan.json instead of searching"})
     threads: int = field(default=1, metadata={"help": "threads the result will use"})
     compile_only: bool = field(

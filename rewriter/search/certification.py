@@ -15,6 +15,7 @@ from rewriter.calibration.data import Dataset
 from rewriter.core.options import Effort
 from rewriter.measurement.bench import Subject
 from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.search.caches import converted_data
 from rewriter.search.scoring import Outputs, Scorer, reference_outputs, run_artifact, spread, token_mask
 from rewriter.search.session import Session
 from rewriter.search.variant import Variant
@@ -115,7 +116,7 @@ def _run_shipped(session: Session, candidate: Candidate, data: Dataset) -> Outpu
             candidate.shipped.runtime,
             candidate.shipped.artifact,
             session.target.threads,
-            data,
+            converted_data(data, candidate.variant.caches),
             1,
             False,
             timeout_s=limit_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,14 @@ _BATCH = 12  # artifacts loaded and timed together; each group contains the refe
 
 @dataclass(frozen=True)
 class Priced:
-    """One rewritten site to be priced, with what is needed to build it."""
+    """One rewritten site to be priced, with what is needed to build it.
+
+    `own` are values that it reads in other sizes than the model's: caches that it changed.
+    """
 
     site: Site
     piece: Fragment
+    own: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class CostTable:
@@ -55,7 +59,7 @@ class CostTable:
         Those of equal signature are measured once. The first of a new group is re-measured in each batch and used to
         bring the batches to one scale, because a machine's speed drifts between them.
         """
-        names = [signature(priced.site, priced.piece, values) for priced in wanted]
+        names = [signature(priced.site, priced.piece, {**values, **priced.own}) for priced in wanted]
         known = {name: found for name in set(names) if (found := self._find(name)) is not None}
         new = [name for name in dict.fromkeys(names) if name not in known]
         if new:
@@ -76,7 +80,8 @@ class CostTable:
     ) -> dict[str, Interval]:
         chains = {}
         for done, (name, priced) in enumerate(todo.items()):
-            chains[name] = self._built(name, build_chain(graph, priced.site, priced.piece, values, _COPIES))
+            read = {**values, **priced.own}
+            chains[name] = self._built(name, build_chain(graph, priced.site, priced.piece, read, _COPIES))
             if advance:
                 advance(0.7 * (done + 1) / len(todo))
         found: dict[str, Interval] = {}

@@ -13,6 +13,7 @@ from rewriter.measurement.bench import Subject, WorkerBench, save_feeds
 from rewriter.measurement.race import Progress, RaceResult, Rules, race
 from rewriter.runtimes.standard import to_standard
 from rewriter.runtimes.workers import Worker
+from rewriter.search.caches import converted
 from rewriter.search.session import ONNXRUNTIME, ONNXRUNTIME_INT8, Session
 from rewriter.search.variant import Variant
 
@@ -85,7 +86,7 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
     def enter(name: str, runtime: str, variant: Variant | None) -> None:
         try:
             artifact = _built(session, name, runtime, variant)
-            subjects[name] = Subject(name, runtime, artifact, feeds)
+            subjects[name] = Subject(name, runtime, artifact, _own_feeds(session, variant, feeds))
         except UserError as problem:
             notes.append(f"{name} could not be built and takes no part: {problem}")
 
@@ -110,6 +111,16 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
     notes += [f"{name} failed while being timed: {failure}" for name, failure in result.failures.items()]
     session.variants_timed += len(result)
     return Finals(result, subjects, asked, notes)
+
+
+def _own_feeds(session: Session, variant: Variant | None, feeds: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The same inputs with caches of the variant's own sizes, where it changed them."""
+    maps = {} if variant is None else variant.caches
+    if variant is None or not maps:
+        return feeds
+    return save_feeds(
+        [converted(one, maps) for one in session.workload.feeds], session.folder / f"feeds-{variant.name}"
+    )
 
 
 def _built(session: Session, name: str, runtime: str, variant: Variant | None) -> Path:

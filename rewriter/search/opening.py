@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from rewriter.accuracy.splits import Splits, split
+from rewriter.assembly.several_graphs import Decoder, Sibling, open_decoder, read_siblings
 from rewriter.attention.recognise import recognise
 from rewriter.calibration.data import Dataset, load_data
 from rewriter.core.errors import DeviceError, ModelError, OptionError
@@ -19,7 +20,7 @@ from rewriter.core.options import Options
 from rewriter.core.progress import Progress
 from rewriter.core.site import Recognition, State
 from rewriter.core.target import Target
-from rewriter.graph.onnx import OnnxGraph, load
+from rewriter.graph.onnx import OnnxGraph
 from rewriter.report.output import check_room
 from rewriter.runtimes.tvm.target import detect
 from rewriter.runtimes.workers import Worker, WorkerFailure
@@ -40,9 +41,10 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
     target = detect(options.target, options.threads, away=options.rpc is not None)
     if options.rpc is not None:
         target = _lent(target, options)
-    selection = select_passes(options.passes, options.precision, target)
+    selection = select_passes(options.passes, options.precision, target, options.allow_cache_change)
     with progress.stage("load", f"reading {model}"):
-        graph = load(model)
+        decoder = open_decoder(model)
+        graph = decoder.graph
         data = _data(graph, options)
         workload, traffic = choose_traffic(graph, data, options)
         splits = _splits(data, options, notes)
@@ -50,6 +52,7 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
     with progress.stage("recognise", "finding attention and feed-forward blocks by what they compute"):
         recognition = recognise(graph, dict(workload.feeds[0]) if data is None else _example(data), options.seed)
         progress.advance(1.0, _census(recognition))
+        siblings = _siblings(decoder, recognition, options)
     _check_something_found(recognition, model)
     cache = folder.parent
     # Thousands of small factorisations: BLAS threads only wait for each other there, and badly so on a busy machine.
@@ -62,8 +65,15 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
             _check_device(timer, target)
         yield Session(
             options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
-            traffic=traffic, notes=notes,
+            traffic=traffic, notes=notes, siblings=siblings,
         )  # fmt: skip
+
+
+def _siblings(decoder: Decoder, recognition: Recognition, options: Options) -> tuple[Sibling, ...]:
+    """The other files of the same decoder; of one file alone only where its signature may change."""
+    if decoder.siblings and (decoder.together or options.allow_cache_change):
+        return read_siblings(decoder.siblings, recognition.sites, options.seed)
+    return ()
 
 
 def _lent(target: Target, options: Options) -> Target:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.assembly.plan_file import save_plan
+from rewriter.assembly.several_graphs import DECODER_FILES, rewritten
 from rewriter.core.errors import UserError
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.report.markdown import markdown
@@ -61,6 +62,11 @@ def _write_model(session: Session, outcome: Outcome, place: Path) -> None:
         "rewriter.version": _version(),
     })  # fmt: skip
     graph.save(place / "model.onnx")
+    for sibling in session.siblings:
+        rewritten(sibling, session.recognition.sites, outcome.kept.sites).save(place / sibling.file)
+    own = session.graph.path
+    if own is not None and own.name in DECODER_FILES and not (place / own.name).exists() and session.siblings:
+        graph.save(place / own.name)
 
 
 def _version() -> str:

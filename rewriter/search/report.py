@@ -12,6 +12,7 @@ from rewriter.attention.flops import TOKENS, total
 from rewriter.core.measurement import Interval
 from rewriter.core.site import AttentionSite, FeedForwardSite, LinearSite, Site
 from rewriter.measurement import environment
+from rewriter.search.caches import cache_report
 from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
 from rewriter.search.lengths import Served
@@ -39,6 +40,7 @@ def build_report(session: Session, outcome: Outcome, served: Served | None = Non
         "lengths": None if served is None else lengths_entry(served),
         "metric": _metric(outcome),
         "task": _task(outcome),
+        "caches": cache_report(session.graph, session.recognition.sites, outcome.kept.sites),
         "sites": [_site(session, outcome, site) for site in session.recognition.sites],
         "contributions": contributions(outcome),
         "variants": _variants(outcome),

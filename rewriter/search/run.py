@@ -20,6 +20,7 @@ from rewriter.core.site import Site
 from rewriter.core.store import Store
 from rewriter.graph.interpreter import Interpreter
 from rewriter.runtimes.workers import WorkerFailure
+from rewriter.search.caches import cache_maps, converted
 from rewriter.search.candidates import all_candidates
 from rewriter.search.chain import signature
 from rewriter.search.cost import CostTable, Priced
@@ -188,7 +189,14 @@ def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[st
 def _priced(session: Session, site: Site, combinations: Sequence[Options]) -> list[Priced]:
     blank = blank_statistics(site)
     rewritten = (restructure(site, options, session.selection.passes, blank) for options in combinations)
-    return [Priced(one, fragment(session.graph, one)) for one in rewritten]
+    return [Priced(one, fragment(session.graph, one, old_caches=False), _own_caches(session, one)) for one in rewritten]
+
+
+def _own_caches(session: Session, site: Site) -> dict[str, NDArray[Any]]:
+    """The caches of a timed input as a rewritten site reads them."""
+    maps = cache_maps(session.graph, [site])
+    feeds = session.workload.feeds[0]
+    return converted({name: feeds[name] for name in maps}, maps)
 
 
 def _anywhere(combinations: Sequence[Options]) -> Anywhere:
@@ -238,7 +246,7 @@ def _slopes(state: Search, errors: LocalErrors, size: Size) -> dict[str, float]:
 
     def scored(plan: Plan) -> float:
         variant = _variant(state, "probe", plan, _assembled(state, plan, batches, batches[-1:]))
-        return state.scorer.paired(variant.graph, size.slope_samples).drop
+        return state.scorer.paired(variant.graph, size.slope_samples, variant.caches).drop
 
     return slopes(errors, damage, session.progress.advance)
 
@@ -252,7 +260,9 @@ def _trials(state: Search, problem: Problem, size: Size) -> None:
         variant = _solved(state, name, plan, size.draft_tokens if draft else size.tokens)
         state.variants[name] = variant
         question = {"tokens": size.draft_tokens if draft else size.tokens}
-        state.paired[name] = state.journal.paired(plan, question, lambda: state.scorer.paired(variant.graph))
+        state.paired[name] = state.journal.paired(
+            plan, question, lambda: state.scorer.paired(variant.graph, caches=variant.caches)
+        )
         lost = state.paired[name].drop
         session.progress.advance(len(state.variants) / (size.assemblies + 1), f"{name}: {100 * lost:.3f} points lost")
         return lost

@@ -21,6 +21,7 @@ from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.base import of_spec
 from rewriter.runtimes.workers import Worker
+from rewriter.search.caches import Maps, converted_data
 from rewriter.search.session import ONNXRUNTIME, Session
 
 logger = logging.getLogger("rewriter")
@@ -113,11 +114,14 @@ class Scorer:
         data = data.labelled() if metric.needs_labels else data
         return cls(metric, task, data, reference_outputs(session, data, crop), crop)
 
-    def paired(self, graph: OnnxGraph, samples: int | None = None) -> Paired:
-        """The metric of a variant beside the original's, on (the first) selection samples."""
+    def paired(self, graph: OnnxGraph, samples: int | None = None, caches: Maps | None = None) -> Paired:
+        """The metric of a variant beside the original's, on (the first) selection samples.
+
+        `caches` make caches of the original the variant's (`Variant.caches`).
+        """
         data = self.data if samples is None else self.data.subset(np.arange(min(samples, len(self.data))))
         original = {name: array[: len(data)] for name, array in self.original.items()}
-        new = outputs_of(graph, data, self.crop)
+        new = outputs_of(graph, converted_data(data, caches or {}), self.crop)
         return self.metric.paired(original, new, data.labels, token_mask(data))
 
 

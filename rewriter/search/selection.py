@@ -30,13 +30,14 @@ class Selection:
         return tuple(o for o in offered if all(dict(o.parameters).get(key) == value for key, value in wanted.items()))
 
 
-def select_passes(text: str | None, precision: Precision, target: Target) -> Selection:
+def select_passes(text: str | None, precision: Precision, target: Target, cache_change: bool = False) -> Selection:
     """From ``a,b{x=1}`` (None means all) and the number format that may be used.
 
-    ``any`` is the narrowest format that the target multiplies. Raises `OptionError` that lists the passes there are,
-    or when the target lacks the format asked for.
+    ``any`` is the narrowest format that the target multiplies. With `cache_change` passes may change the sizes of
+    caches in the model's signature. Raises `OptionError` that lists the passes there are, or when the target lacks the
+    format asked for.
     """
-    known = dict(discover())
+    known = {name: one.permitted() if cache_change else one for name, one in discover().items()}
     dtype = precision if precision != "any" else next((d for d in ("int8", "bf16") if target.multiplies(d)), "fp32")
     if not target.multiplies(dtype):
         raise OptionError(

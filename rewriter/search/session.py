@@ -15,6 +15,7 @@ import platformdirs
 import psutil
 
 from rewriter.accuracy.splits import Splits
+from rewriter.assembly.several_graphs import Sibling
 from rewriter.core.errors import ModelError
 from rewriter.core.options import Options
 from rewriter.core.progress import Progress
@@ -23,6 +24,7 @@ from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes import jobs
 from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.search.caches import fitted_shapes
 from rewriter.search.selection import Selection
 from rewriter.search.traffic import Traffic
 from rewriter.search.workload import Workload
@@ -57,6 +59,7 @@ class Session:
     traffic: Traffic | None = None
     variants_timed: int = 0
     notes: list[str] = field(default_factory=list)
+    siblings: tuple[Sibling, ...] = ()
 
     @property
     def engine(self) -> str:
@@ -76,7 +79,7 @@ class Session:
         """Build an artifact in a guarded worker, for `engine` unless told; `ModelError` when that fails."""
         runtime = runtime or self.engine
         saved = graph.save(self.folder / f"{name}.onnx")
-        wanted = self.workload.shapes if shapes is None else shapes
+        wanted = fitted_shapes(self.workload.shapes, graph.inputs) if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
         arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled")
         limit_s = _SEARCH_LIMIT_S if runtime == TVM_METASCHEDULE else _BUILD_LIMIT_S

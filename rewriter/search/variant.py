@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 from rewriter.attention.lower import lower
 from rewriter.core.option import Plan
 from rewriter.core.rewrite import Pass
 from rewriter.core.site import Site
 from rewriter.graph.onnx import OnnxGraph
+from rewriter.search.caches import cache_maps
 from rewriter.search.problem import Options
 
 
@@ -21,6 +25,11 @@ class Variant:
     plan: Plan
     sites: Mapping[str, Site]
     graph: OnnxGraph
+
+    @property
+    def caches(self) -> dict[str, NDArray[Any]]:
+        """How caches of the model as it was become this variant's, see `rewriter.search.caches`."""
+        return cache_maps(self.graph, self.sites.values())
 
     @classmethod
     def of(cls, name: str, original: OnnxGraph, plan: Plan, sites: Iterable[Site]) -> Variant:
