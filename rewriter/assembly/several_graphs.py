@@ -39,10 +39,14 @@ class Sibling:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The graph that plans are made on, the file it came from, and the other files that follow it."""
+    """The graph that plans are made on, and the other files that follow it.
+
+    `together` says that all of them were asked for: a folder, or a merged file.
+    """
 
     graph: OnnxGraph
     siblings: tuple[Path, ...] = ()
+    together: bool = False
 
 
 def open_decoder(model: Path) -> Decoder:
@@ -56,13 +60,13 @@ def open_decoder(model: Path) -> Decoder:
         file = next((model / name for name in DECODER_FILES if (model / name).is_file()), model)
     graph = load(file)
     own = graph.path or file
-    beside = [own.parent / name for name in DECODER_FILES if name in DECODER_FILES and own.name in DECODER_FILES]
+    beside = [own.parent / name for name in DECODER_FILES] if own.name in DECODER_FILES else []
     others = tuple(path for path in beside if path.is_file() and path != own)
     branches = split_merged(graph)
     if branches is None:
-        return Decoder(graph, others)
+        return Decoder(graph, others, model.is_dir())
     without = min((branch.graph for branch in branches), key=lambda one: len(one.inputs))
-    return Decoder(without, (own, *others))
+    return Decoder(without, (own, *others), True)
 
 
 def read_siblings(files: Sequence[Path], sites: Sequence[RaisedSite], seed: int = 0) -> tuple[Sibling, ...]:
@@ -134,7 +138,12 @@ def _weights(site: RaisedSite) -> dict[str, Any]:
     """Every array of a site and what its scores are made by, by path."""
     if isinstance(site, AttentionSite):
         bare = replace(site, problems=(), nodes=())
-        facts = {"scale": round(site.scale, 6), "softcap": site.softcap, "heads": site.heads, "head_of": site.key.head_of}
+        facts = {
+            "scale": round(site.scale, 6),
+            "softcap": site.softcap,
+            "heads": site.heads,
+            "head_of": site.key.head_of,
+        }
         parts = (("query", bare.query), ("key", bare.key), ("value", bare.value), ("output", bare.output))
         arrays = {
             f"{role}.{name}": getattr(part, name)

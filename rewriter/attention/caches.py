@@ -86,10 +86,7 @@ def with_cache_problems(graph: OnnxGraph, sites: Sequence[RaisedSite]) -> list[R
         return list(sites)
     lowered = lower(graph, ready)
     found = {site.id: problem for site in ready if (problem := cache_problem(lowered, site)) is not None}
-    return [
-        replace(site, problems=(*site.problems, found[site.id])) if site.id in found else site
-        for site in sites
-    ]
+    return [replace(site, problems=(*site.problems, found[site.id])) if site.id in found else site for site in sites]
 
 
 def resize(lowered: OnnxGraph, site: Site) -> None:

@@ -130,7 +130,10 @@ def _turning(query_MDD: Array64, blocks: Array64, first: int, second: int) -> tu
     turned = blocks[:, second, :, first] - blocks[:, first, :, second]
     hermitian = (real + 1j * turned) * np.outer(strength, strength)
     values, vectors = np.linalg.eigh((hermitian + hermitian.conj().T) / 2.0)
-    top, mean = vectors[:, ::-1].conj(), float(np.sqrt(np.mean(strength**2)))
+    top: Complex = vectors[:, ::-1].conj()
+    mean = float(np.sqrt(np.mean(strength**2)))
     # half, because queries of one frequency are taken to point anywhere: each of their two dims carries half
     gains = np.maximum(values[::-1], 0.0) / 2.0
-    return gains, top * (mean / strength)[:, None], top * (strength / mean)[:, None]
+    query: Complex = top * (mean / strength)[:, None]
+    key: Complex = top * (strength / mean)[:, None]
+    return gains, query, key
