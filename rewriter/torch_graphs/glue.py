@@ -43,7 +43,8 @@ class Scope(Protocol):
         """Dtype of an ONNX value."""
 
 
-Writer = Callable[[Scope, ir.Node, list[Term | None]], Term]
+# One term, or a list of one per output.
+Writer = Callable[[Scope, ir.Node, list[Term | None]], Term | list[Term]]
 WRITERS: dict[str, Writer] = {}
 
 

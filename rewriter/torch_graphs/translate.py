@@ -63,7 +63,9 @@ class Translator:
             return
         if node.domain or node.op_type not in WRITERS:
             raise Refused("fx-form", f"{node.op_type} has no form in fx here", (str(node.name),))
-        self.terms[str(node.outputs[0].name)] = WRITERS[node.op_type](self, node, terms)
+        made = WRITERS[node.op_type](self, node, terms)
+        for value, term in zip(node.outputs, made if isinstance(made, list) else [made], strict=False):
+            self.terms[str(value.name)] = term
 
     def resolve(self, name: str) -> Term:
         """A value by name: made here, a constant, an fx node that computes it, or written anew from what does."""

@@ -32,6 +32,13 @@ def concat(scope: Scope, node: ir.Node, terms: list[Term | None]) -> Term:
     return scope.call(torch.cat, [scope.tensor(part) for part in parts], attribute(node, "axis"))
 
 
+@writes("Split")
+def split(scope: Scope, node: ir.Node, terms: list[Term | None]) -> list[Term]:
+    """Parts of given lengths along an axis."""
+    parts = scope.call(torch.split, scope.tensor(given(terms[0])), integers(terms[1]), attribute(node, "axis", 0))
+    return [parts[index] for index in range(len(node.outputs))]
+
+
 @writes("Squeeze", "Unsqueeze")
 def axes(scope: Scope, node: ir.Node, terms: list[Term | None]) -> Term:
     """Axes of length one, taken or given."""
