@@ -13,7 +13,7 @@ from rewriter.core.errors import OptionError
 Effort = Literal["quick", "normal", "thorough"]
 Runtime = Literal["tvm", "onnxruntime", "auto"]
 Emit = Literal["artifact", "static-library"]
-Tuner = Literal["templates", "metaschedule"]
+Tuner = Literal["none", "templates", "metaschedule"]
 Precision = Literal["fp32", "bf16", "int8", "any"]
 
 MOST_BUCKETS = 32
@@ -132,8 +132,8 @@ class Options:
     tuner: Tuner = field(
         default="templates",
         metadata={
-            "help": "how kernels are tuned; metaschedule also searches for operators that have no template",
-            "choices": ("templates", "metaschedule"),
+            "help": "what is tuned by measuring: nothing, our kernel templates, or also operators that have no template",
+            "choices": ("none", "templates", "metaschedule"),
         },
     )
     dry_run: bool = field(default=False, metadata={"help": "say what would be tried, then stop"})
@@ -145,7 +145,7 @@ class Options:
             raise OptionError(f"--emit {self.emit} has one shape", "Leave --shape-histogram out")
         if self.emit != "artifact" and not self.compile_only:
             raise OptionError(f"--emit {self.emit} times nothing", "Add --compile-only")
-        if self.tuner != "templates" and (self.compile_only or self.rpc is not None or self.runtime == "onnxruntime"):
+        if self.tuner == "metaschedule" and (self.compile_only or self.rpc is not None or self.runtime == "onnxruntime"):
             raise OptionError(f"--tuner {self.tuner} measures kernels of TVM on this machine", "Leave the others out")
         if (self.rpc is None) != (self.key is None):
             raise OptionError("--rpc and --key belong together", "Write --rpc HOST:PORT --key NAME")

@@ -218,7 +218,7 @@ def cost_table(session: Session) -> CostTable:
     threads = session.target.threads
 
     def build(graph: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
-        return session.build(graph, name, session.engine, shapes)
+        return session.build(graph, name, session.pricing_engine, shapes)
 
     def time_all(artifacts: Sequence[Any], feeds: Sequence[Any]) -> list[list[float]]:
         paths = ([str(path) for path in artifacts], [str(path) for path in feeds])

@@ -30,6 +30,7 @@ from rewriter.search.traffic import Traffic
 from rewriter.search.workload import Workload
 
 TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
+TVM_UNTUNED = "rewriter.runtimes.tvm.runtime:TvmUntuned"
 TVM_METASCHEDULE = "rewriter.runtimes.tvm.runtime:TvmMetaScheduled"
 TVM_REMOTE = "rewriter.runtimes.tvm.remote:TvmRemote"
 ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
@@ -66,7 +67,12 @@ class Session:
         """The TVM runtime that was asked for: in processes here, or on the device that a tracker lends."""
         if self.target.remote:
             return TVM_REMOTE
-        return TVM_METASCHEDULE if self.options.tuner == "metaschedule" else TVM
+        return {"none": TVM_UNTUNED, "templates": TVM, "metaschedule": TVM_METASCHEDULE}[self.options.tuner]
+
+    @property
+    def pricing_engine(self) -> str:
+        """What options are priced with: their many shapes take default tiles, and only what may be kept is tuned."""
+        return TVM_UNTUNED if self.engine == TVM else self.engine
 
     @property
     def lowerable(self) -> tuple[Any, ...]:

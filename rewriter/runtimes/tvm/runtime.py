@@ -16,13 +16,13 @@ from rewriter.runtimes.base import Executable
 class TvmRuntime:
     """Builds and runs graphs with our kernel templates. Modules that load TVM are imported on first use.
 
-    `cache` keeps compiled code and tuning records between runs; with `tune` shapes that it does not know yet are
-    measured (about a second each), otherwise they get the default tiles.
+    `cache` keeps compiled kernels and tuning records between runs. With it and `tune`, shapes that it does not know yet
+    are measured (about a second each, see `rewriter.runtimes.tvm.tuning`); otherwise they take their default tiles.
     """
 
     name = "tvm"
 
-    def __init__(self, cache: Path | None = None, tune: bool = False) -> None:
+    def __init__(self, cache: Path | None = None, tune: bool = True) -> None:
         self.cache, self.tune = cache, tune
 
     def available(self) -> Refusal | None:
@@ -64,6 +64,13 @@ class TvmRuntime:
         from rewriter.runtimes.tvm.load import load
 
         return load(artifact, threads)
+
+
+class TvmUntuned(TvmRuntime):
+    """The same without measuring: what the cache knows, and default tiles for what it does not."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        super().__init__(cache, tune=False)
 
 
 class TvmMetaScheduled(TvmRuntime):

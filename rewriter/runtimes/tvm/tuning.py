@@ -24,12 +24,12 @@ from rewriter.runtimes.tvm.space import Choice, Space, text_of
 from rewriter.runtimes.tvm.specialise import ENGINE
 from rewriter.runtimes.workers import Worker, WorkerFailure, pinnable
 
-MOST = 5  # choices measured per shape, the default among them
+MOST = 4  # choices measured per shape, the default among them
 PRUNED = 1.4  # a choice that is predicted to take this much longer than the best is not measured
 MEASURE_S = 0.3  # of timing per shape, for all choices together
 LOOKS, HOPELESS = 3, 1.15  # after three blocks, a choice this much slower than the best is dropped
 DECIDES = 0.98  # a challenger must take less than this share of the default's time
-BUDGET_S = 20.0  # for all new shapes of one build; what is left takes its default and is measured another time
+BUDGET_S = 12.0  # for all new shapes of one build; what is left takes its default and is measured another time
 LIMIT_S = 20.0  # for one call: a candidate that takes longer hangs
 _START_S = 60.0
 _MEMORY_BYTES = 8 << 30
