@@ -11,6 +11,7 @@ from rewriter.core.measurement import Interval
 from rewriter.core.option import Plan
 from rewriter.core.site import Site
 from rewriter.measurement.race import Rules
+from rewriter.search.asked import ASKED, asked_sizes, assemble_asked
 from rewriter.search.candidates import exact_options
 from rewriter.search.certification import Candidate, Certified, certify_front, worthy
 from rewriter.search.finals import ORIGINAL, RIVAL, RIVAL_INT8, Finals, run_finals, under_onnxruntime
@@ -91,6 +92,9 @@ def with_data(session: Session, so_far: Outcome) -> Search:
         scorer = Scorer.fit(session)
         session.progress.advance(1.0, f"metric {scorer.metric.name} ({scorer.metric.why})")
     sites = apply_exact(session.lowerable, so_far.exact, session.selection.passes)
+    asked = asked_sizes(session)
+    if asked is not None:
+        return assemble_asked(session, scorer, sites, so_far.exact, asked)
     return search(session, scorer, sites, so_far.exact)
 
 
@@ -106,6 +110,7 @@ def decide_between(session: Session, so_far: Outcome, found: Search) -> Outcome:
     # An interval that reaches below the exact variant's time is a doubt, and the exact variant needs no certificate.
     floor = exact[0].name if exact and finals.faster(exact[0].name) else ORIGINAL
     worth = [v for v in finalists if finals.faster(v.name) and (floor == ORIGINAL or finals.faster(v.name, floor))]
+    worth += [v for v in finalists if v.name == ASKED and v not in worth]
     outcomes |= {v.name: "not certainly faster" for v in finalists if v not in worth}
     base = replace(
         so_far, finals=finals, trials=tuple(found.trials), search=found, scorer=found.scorer, outcomes=outcomes,
