@@ -21,15 +21,16 @@ class Operand:
     token: int
     head: int
     offset: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], heads: int) -> Operand:
+    def of(cls, shape: tuple[int, ...], heads: int, dtype: Literal["float32", "bfloat16"] = "float32") -> Operand:
         """Rank 3 is (B, tokens, heads * dim), rank 4 is (B, heads, tokens, dim)."""
         if len(shape) == 4:
             _, groups, tokens, dim = shape
-            return cls(shape, groups, dim, groups * tokens * dim, dim, tokens * dim)
+            return cls(shape, groups, dim, groups * tokens * dim, dim, tokens * dim, 0, dtype)
         _, tokens, width = shape
-        return cls(shape, heads, width // heads, tokens * width, width, width // heads)
+        return cls(shape, heads, width // heads, tokens * width, width, width // heads, 0, dtype)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,19 @@ def loop(count: int | Expression, parallel: bool = False) -> AbstractContextMana
     return T.parallel(0, count) if parallel else T.serial(0, count)
 
 
+class Rows:
+    """A serial loop whose variable counts in steps."""
+
+    def __init__(self, count: Index, step: int, start: Index = 0) -> None:
+        self.loop, self.step, self.start = loop(count), step, start
+
+    def __enter__(self) -> Index:
+        return self.loop.__enter__() * self.step + self.start
+
+    def __exit__(self, *details: Any) -> None:
+        self.loop.__exit__(*details)
+
+
 def scratch(shape: Sequence[int], dtype: str = "float32", registers: bool = False) -> Buffer:
     """Memory from here to the end of the enclosing body; `registers` for small arrays indexed by constants only.
 

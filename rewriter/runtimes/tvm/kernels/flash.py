@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit, packing, skipping, vectors
 from rewriter.runtimes.tvm.kernels.attention import Attention, Bias, Operand, Tile, pick, splits_of
-from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, loop, scratch, splat, store, vec
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, Rows, loop, scratch, splat, store, vec
 from rewriter.runtimes.tvm.kernels.expressions import exp_below_one, tanh
 
 LOWEST = float(np.finfo(np.float32).min)
@@ -31,7 +31,7 @@ def make_flash(attention: Attention, tile: Tile, name: str = "flash") -> Any:
 def arguments_of(attention: Attention) -> list[Argument]:
     """(name, shape, dtype) of what an attention kernel takes."""
     operands = (("q", attention.query), ("k", attention.key), ("v", attention.value))
-    arguments = [(name, operand.shape, "float32") for name, operand in operands]
+    arguments = [(name, operand.shape, str(operand.dtype)) for name, operand in operands]
     for name, bias in (("bias", attention.bias), ("kept", attention.kept)):
         if bias is not None:
             arguments.append((name, bias.shape, bias.dtype))
@@ -42,6 +42,8 @@ def arguments_of(attention: Attention) -> list[Argument]:
 
 class FlashWriter:
     """Emits the statements of one attention. Subclasses hold and multiply operands in other number formats."""
+
+    lists: Buffer  # of panels that groups of queries see, where some may be hidden
 
     def __init__(self, attention: Attention, tile: Tile) -> None:
         self.a, self.tile, self.lanes = attention, tile, attention.lanes
@@ -55,13 +57,18 @@ class FlashWriter:
         # Maximum, sum and result are carried from block to block; else the only block writes them.
         self.running = self.per_block < self.panels or self.skips or attention.sink
 
-    def body(self, *buffers: Buffer) -> None:
-        """Items of work are groups of heads that share keys and values, in as many splits as threads need."""
+    def take_buffers(self, *buffers: Buffer) -> None:
+        """The arguments, flat."""
         a, rest = self.a, list(buffers)
-        self.Q, self.K, self.V = (_flat(rest.pop(0), operand.shape) for operand in (a.query, a.key, a.value))
+        self.Q, self.K, self.V = (_flat(rest.pop(0), o.shape, o.dtype) for o in (a.query, a.key, a.value))
         self.M, self.kept = (None if b is None else _flat(rest.pop(0), b.shape, b.dtype) for b in (a.bias, a.kept))
         self.sink: Buffer = rest.pop(0) if a.sink else None
         self.O = _flat(rest.pop(0), (a.B, a.S, a.heads * a.value.dim))
+
+    def body(self, *buffers: Buffer) -> None:
+        """Items of work are groups of heads that share keys and values, in as many splits as threads need."""
+        a = self.a
+        self.take_buffers(*buffers)
         if self.skips:
             skipping.list_panels(self)
         repeats, units = a.repeats, a.repeats * self.parts
@@ -115,14 +122,20 @@ class FlashWriter:
             packing.copy_row(self, self.Q, origin + (first + row) * self.a.query.token, self.Qp, row, self.a.query.dim)
 
     def score_sums(self, row: Index, rows: int, panel: Index) -> None:
-        """acc += Q[row : row + rows] times a panel of keys."""
+        """acc = Q[row : row + rows] times a panel of keys."""
         lanes, used = self.lanes, self.tile.vectors
+        self.clear(rows * used)
         with loop(self.a.key.dim) as dim:
             for i in range(rows):
                 for n in range(used):
                     where = (i * used + n, vec(0, lanes))
                     product = splat(self.Qp[row + i, dim], lanes) * self.Kt[panel, dim, vec(n * lanes, lanes)]
                     store(self.acc, self.acc[where] + product, *where)
+
+    def clear(self, count: int) -> None:
+        """The first `count` sums begin at zero."""
+        for slot in range(count):
+            store(self.acc, emit.zero_for(self.lanes), slot, vec(0, self.lanes))
 
     def exponentials(self, row: Index, panels: Index) -> None:
         """P[row] = exp(P[row] - work[1]); work[2] = their sum, still by lanes."""
@@ -153,7 +166,7 @@ class FlashWriter:
             count = T.bind(T.min(T.int32(queries), self.a.S - first))
         self.take_queries(first, count)
         if self.running:
-            self._begin(count)
+            self._begin(0, count)
         self.listed = skipping.Listed(self, part) if self.skips else None
         panels = self.panels if self.listed is None else self.listed.count
         blocks, left = emit.split(self.panels, self.per_block)
@@ -165,24 +178,23 @@ class FlashWriter:
                 begin = T.bind(block * self.per_block)
                 self._block(first, count, begin, T.bind(T.min(T.int32(self.per_block), panels - begin)))
         with loop(count) as row:
-            self._write(first, row, lanes)
+            self._write(first + row, row, lanes)
 
-    def _begin(self, count: Index) -> None:
-        """No key seen yet: the sink alone, where there is one."""
+    def _begin(self, first: Index, count: Index, sink_here: Expression | None = None) -> None:
+        """Rows that have seen no key yet: the sink alone, where there is one (and it is here)."""
         lanes, every = self.lanes, vec(0, self.lanes)
-        low = splat(-T.infinity("float32"), lanes)
-        top = splat(self.sink[self.head], lanes) if self.a.sink else low
-        # The sum is kept by lanes until the end, so what belongs to no lane stands in the first.
-        one = T.Select(
-            T.And(T.Ramp(0, 1, lanes) < T.Broadcast(T.int32(1), lanes), top > low),
-            splat(1.0, lanes),
-            emit.zero_for(lanes),
-        )
+        top, total = splat(-T.infinity("float32"), lanes), emit.zero_for(lanes)
+        if self.a.sink:
+            sink = self.sink[self.head]
+            top = splat(sink if sink_here is None else T.Select(sink_here, sink, -T.infinity("float32")), lanes)
+            # The sum is kept by lanes until the end, so what belongs to no lane stands in the first.
+            some = T.And(vectors.first_lanes(1, lanes), top > splat(-T.infinity("float32"), lanes))
+            total = T.Select(some, splat(1.0, lanes), total)
         with loop(count) as row:
-            store(self.top, top, row, every)
-            store(self.total, one if self.a.sink else emit.zero_for(lanes), row, every)
+            store(self.top, top, first + row, every)
+            store(self.total, total, first + row, every)
             for part in range(self.out_vectors):
-                store(self.partial, emit.zero_for(lanes), row, vec(part * lanes, lanes))
+                store(self.partial, emit.zero_for(lanes), first + row, vec(part * lanes, lanes))
 
     def _panel(self, place: Index) -> Index:
         return place if self.listed is None else self.listed.panel(place)
@@ -203,18 +215,15 @@ class FlashWriter:
         rows, left = self.tile.rows, self.a.S % self.tile.rows
         if isinstance(count, int):
             full, left = emit.split(count, rows)
-            found = [(_Rows(full, rows), rows)] if full else []
-            return [*found, (_Rows(1, 0, full * rows), left)] if left else found
-        found = [(_Rows(T.floordiv(count, rows), rows), rows)]
+            found = [(Rows(full, rows), rows)] if full else []
+            return [*found, (Rows(1, 0, full * rows), left)] if left else found
+        found = [(Rows(T.floordiv(count, rows), rows), rows)]
         if left:
-            found.append((_Rows(T.Select(count % rows > 0, 1, 0), 0, count - left), left))
+            found.append((Rows(T.Select(count % rows > 0, 1, 0), 0, count - left), left))
         return found
 
     def _score_tile(self, first: Index, row: Index, rows: int, panel: Index, place: Index) -> None:
         """P[row : row + rows] = cap(Q K^T) + bias for a panel of keys."""
-        lanes, used = self.lanes, self.tile.vectors
-        for slot in range(rows * used):
-            store(self.acc, emit.zero_for(lanes), slot, vec(0, lanes))
         self.score_sums(row, rows, panel)
         whole, left = emit.split(self.a.T, self.width)
         if not left:
@@ -297,7 +306,7 @@ class FlashWriter:
                 for i, n, at in slots:
                     store(self.partial, self.acc[i * used + n, vec(0, lanes)], row + offset + i, at)
 
-    def _write(self, first: Index, row: Index, lanes: int) -> None:
+    def _write(self, query: Index, row: Index, lanes: int) -> None:
         """O = partial / sum; a row whose scores were all -inf follows `empty_rows`."""
         every, (full, left) = vec(0, lanes), emit.split(self.a.value.dim, lanes)
         store(self.work, self.total[row, every], 2, every)
@@ -308,7 +317,7 @@ class FlashWriter:
             self.work, T.Select(nothing, T.Broadcast(empty, lanes), splat(1.0, lanes) / self.work[2, every]), 0, every
         )
         width = self.a.heads * self.a.value.dim
-        at = (self.batch * self.a.S + first + row) * width + self.head * self.a.value.dim
+        at = (self.batch * self.a.S + query) * width + self.head * self.a.value.dim
         for part in range(full):
             value = self.partial[row, vec(part * lanes, lanes)] * self.work[0, every]
             store(self.O, value, vec(at + part * lanes, lanes))
@@ -320,16 +329,3 @@ class FlashWriter:
 
 def _flat(buffer: Buffer, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
     return emit.flat(buffer, (prod(shape),), dtype)
-
-
-class _Rows:
-    """A loop over rows whose variable counts in steps."""
-
-    def __init__(self, count: Index, step: int, start: Index = 0) -> None:
-        self.loop, self.step, self.start = loop(count), step, start
-
-    def __enter__(self) -> Index:
-        return self.loop.__enter__() * self.step + self.start
-
-    def __exit__(self, *details: Any) -> None:
-        self.loop.__exit__(*details)

@@ -30,7 +30,7 @@ def serves(attention: Attention) -> bool:
 def make_flash_bf16(attention: Attention, tile: Tile, name: str = "flash_bf16") -> Any:
     """PrimFunc (Q, K, V, bias?, kept?, sink?, O), as `make_flash`."""
     assert serves(attention) and tile.vectors % 2 == 0
-    return emit.prim_func(name, arguments_of(attention), 1, _Writer(attention, tile).body)
+    return emit.prim_func(name, arguments_of(attention), 1, Bf16FlashWriter(attention, tile).body)
 
 
 def words(low: Expression, high: Expression) -> Expression:
@@ -45,7 +45,11 @@ def _zipped(first: Expression, second: Expression) -> Expression:
     return T.reinterpret("int32x16", T.Shuffle([both], pairs))
 
 
-class _Writer(FlashWriter):
+class Bf16FlashWriter(FlashWriter):
+    """See `FlashWriter`; two numbers in a word."""
+
+    multiple = 1  # pairs of dims are padded with zeros to one of it
+
     def body(self, *buffers: Buffer) -> None:
         """See `FlashWriter.body`; with the instruction imported."""
         with T.attr(0, "pragma_import_llvm", SOURCE):
@@ -53,7 +57,7 @@ class _Writer(FlashWriter):
 
     def make_operands(self) -> None:
         """See `FlashWriter`."""
-        self.pairs = -(-self.a.key.dim // 2)
+        self.pairs = -(-self.a.key.dim // (2 * self.multiple)) * self.multiple
         self.Kt = scratch((self.panels, self.pairs, self.width), "int32")
         self.Vp = scratch((self.panels * self.width // 2, self.out_vectors * LANES), "int32")
         self.Pw = scratch((self.tile.queries, self.keys // 2 + LANES), "int32")
@@ -127,6 +131,7 @@ class _Writer(FlashWriter):
     def score_sums(self, row: Index, rows: int, panel: Index) -> None:
         """See `FlashWriter`; two dims at a time."""
         used = self.tile.vectors
+        self.clear(rows * used)
         with loop(self.pairs) as pair:
             for i in range(rows):
                 for n in range(used):

@@ -58,6 +58,18 @@ def transpose(block: Buffer, lanes: int) -> None:
         distance *= 2
 
 
+def sums_of_rows(block: Buffer, lanes: int) -> None:
+    """block[0], lane i = the sum of block[i], by log2(lanes) rounds that halve the number of vectors."""
+    distance = lanes // 2
+    while distance:
+        order = [lane ^ distance if not lane & distance else lanes + (lane ^ distance) for lane in range(lanes)]
+        stay = [lane if not lane & distance else lanes + lane for lane in range(lanes)]
+        for row in range(distance):
+            pair = [block[row, vec(0, lanes)], block[row + distance, vec(0, lanes)]]
+            store(block, T.Shuffle(pair, stay) + T.Shuffle(pair, order), row, vec(0, lanes))
+        distance //= 2
+
+
 def load_part(source: Callable[[int], Expression], live: int, tail: Buffer, lanes: int, fill: Expression) -> Expression:
     """A vector of which only the first `live` lanes exist in memory; the others are `fill`."""
     for lane in range(lanes):

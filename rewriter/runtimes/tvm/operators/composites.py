@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rewriter.runtimes.tvm.kernels import attention, flash, flash_bf16
+from rewriter.runtimes.tvm.kernels import attention
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
-from rewriter.runtimes.tvm.operators.attention_written import written_out
+from rewriter.runtimes.tvm.operators.attention_call import attend
 from rewriter.runtimes.tvm.operators.reductions import norm_call
 from rewriter.runtimes.tvm.operators.registry import integers, lowers
 from rewriter.runtimes.tvm.program import Node
@@ -22,29 +22,26 @@ ROLES = ("query", "key", "value")
 @lowers("rewriter:Attention")
 def _attention(lowering: Lowering, node: Node) -> Any:
     """Operands may be windows of wider buffers: attributes `*_window` = (offset, width) after packing."""
-    if node.input(4) or node.input(5):
-        return written_out(lowering, node)
     operands = {role: _operand(lowering, node, index, role) for index, role in enumerate(ROLES)}
     batch = max(operand.shape[0] for operand in operands.values())
     for role, operand in operands.items():
         if operand.shape[0] != batch:
             operands[role] = replace(operand, batch=0)
     tokens = {role: operand.shape[-2] for role, operand in operands.items()}
-    bias, value = _bias(lowering, node)
+    heads = len(node.attributes["query_head_of"])
+    bias, kept = _bias(lowering, node), _kept(lowering, node)
     spec = attention.Attention(
         batch, tokens["query"], tokens["key"], operands["query"], operands["key"], operands["value"],
         *_head_maps(node),
-        float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias,
+        float(node.attributes["scale"]), float(node.attributes.get("softcap", 0.0)), bias and bias[0],
         "zero" if node.attributes.get("empty_rows", "nan") == "zero" else "nan", lowering.lanes, lowering.threads,
+        kept and kept[0], bool(node.input(5)),
     )  # fmt: skip
-    asked = node.attributes.get("precision", "fp32") == "bf16" and lowering.target.multiplies("bf16")
-    # Shapes it does not serve, and processors without it, get more digits than asked for at the same meaning.
-    rounding = asked and flash_bf16.serves(spec)
-    tile = lowering.tiles.flash(spec, "bf16" if rounding else "fp32")
-    name, make = ("flash_bf16", flash_bf16.make_flash_bf16) if rounding else ("flash", flash.make_flash)
-    kernel = lowering.kernels.get(name, (spec, tile, name), lambda unique: make(spec, tile, unique))
-    inputs = [lowering.value(node.inputs[index]) for index in range(3)] + ([] if value is None else [value])
-    return lowering.call(kernel, inputs, ((batch, spec.S, spec.heads * spec.value.dim), "float32"))
+    inputs = [lowering.value(node.inputs[index]) for index in range(3)]
+    inputs += [given[1] for given in (bias, kept) if given is not None]
+    if spec.sink:
+        inputs.append(lowering.builder.emit(op.reshape(lowering.value(node.input(5)), (heads,))))
+    return attend(lowering, spec, inputs, str(node.attributes.get("precision", "fp32")))
 
 
 def _head_maps(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -64,21 +61,36 @@ def _operand(lowering: Lowering, node: Node, index: int, role: str) -> attention
     return attention.Operand(shape, heads, width // heads, tokens * whole, whole, width // heads, offset)
 
 
-def _bias(lowering: Lowering, node: Node) -> tuple[attention.Bias | None, Any]:
+def _bias(lowering: Lowering, node: Node) -> tuple[attention.Bias, Any] | None:
     name, kind = node.input(3), str(node.attributes.get("bias_kind", "none"))
     if not name or kind == "none":
-        return None, None
-    shape, value = lowering.shape(name), lowering.value(name)
-    wide = (*(1,) * (4 - len(shape)), *shape)
-    if wide != shape:
-        value = lowering.builder.emit(op.reshape(value, wide))
+        return None
+    wide, value = _of_rank_4(lowering, name)
     if kind == "bool":
-        if lowering.program.dtype(name) != np.bool_:
-            value = lowering.builder.emit(op.not_equal(value, relax.const(0, lowering.dtype(name))))
-        return attention.Bias(wide, "bool"), value
+        return attention.Bias(wide, "bool"), _as_bool(lowering, name, value)
     if not is_float32(lowering, name):
         value = lowering.builder.emit(op.astype(value, "float32"))
     return attention.Bias(wide), value
+
+
+def _kept(lowering: Lowering, node: Node) -> tuple[attention.Bias, Any] | None:
+    name = node.input(4)
+    if not name:
+        return None
+    wide, value = _of_rank_4(lowering, name)
+    return attention.Bias(wide, "bool"), _as_bool(lowering, name, value)
+
+
+def _of_rank_4(lowering: Lowering, name: str) -> tuple[tuple[int, ...], Any]:
+    shape, value = lowering.shape(name), lowering.value(name)
+    wide = (*(1,) * (4 - len(shape)), *shape)
+    return wide, value if wide == shape else lowering.builder.emit(op.reshape(value, wide))
+
+
+def _as_bool(lowering: Lowering, name: str, value: Any) -> Any:
+    if lowering.program.dtype(name) == np.bool_:
+        return value
+    return lowering.builder.emit(op.not_equal(value, relax.const(0, lowering.dtype(name))))
 
 
 @lowers("rewriter:SplitHeads")

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import relax
 
-from rewriter.runtimes.tvm.kernels import attention, flash
+from rewriter.runtimes.tvm.kernels import attention
 from rewriter.runtimes.tvm.lowering import Lowering, is_float32
+from rewriter.runtimes.tvm.operators.attention_call import attend
 from rewriter.runtimes.tvm.operators.registry import lowers
 from rewriter.runtimes.tvm.program import Node
 
@@ -38,12 +39,7 @@ def _attention(lowering: Lowering, node: Node) -> Any:
         query.shape[0], query.shape[-2], key.shape[-2], query, key, value, tuple(range(query.heads)), groups, groups,
         float(node.attributes.get("scale", query.dim**-0.5)), softcap, bias, "zero", lowering.lanes, lowering.threads,
     )  # fmt: skip
-    tile = lowering.tiles.flash(spec)
-    kernel = lowering.kernels.get("flash", (spec, tile), lambda unique: flash.make_flash(spec, tile, unique))
-    inputs = [*values, *([] if mask is None else [mask])]
-    result = lowering.builder.emit(
-        lowering.call(kernel, inputs, ((spec.B, spec.S, spec.heads * spec.value.dim), "float32"))
-    )
+    result = lowering.builder.emit(attend(lowering, spec, [*values, *([] if mask is None else [mask])]))
     if len(query.shape) == 4:
         parted = lowering.builder.emit(op.reshape(result, (spec.B, spec.S, spec.heads, spec.value.dim)))
         result = lowering.builder.emit(op.permute_dims(parted, [0, 2, 1, 3]))
