@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rewriter import inspection, pipeline, verification
+from rewriter.core.errors import ModelError, OptionError
 from rewriter.core.options import MaxDrop, Options
 from rewriter.core.progress import Listener
 from rewriter.core.rewrite import Pass
 from rewriter.pipeline import Result
 
 if TYPE_CHECKING:
+    from rewriter.runtimes.base import Executable
     from rewriter.torch_graphs.apply import Choices, Rewritten
     from rewriter.torch_graphs.sites import TorchSites
 
 __all__ = ["Model", "Result", "apply", "inspect", "load", "optimize", "sites", "verify"]
 
 
-class Model:
-    """An optimised model that `optimize` wrote; safe to call from several threads."""
+Beyond = Literal["error", "onnxruntime"]
+_DYNAMIC = "model.onnx"
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+
+class Model:
+    """An optimised model that `optimize` wrote; safe to call from several threads.
+
+    `beyond` says what happens to inputs that fit no size of the build: ``error``, or ``onnxruntime`` for running
+    ``model.onnx``, the same graph with dynamic shapes, in ONNX Runtime.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, beyond: Beyond = "error") -> None:
         from rewriter.runtimes.tvm.load import load as load_artifact
 
-        self.folder = folder
+        if beyond not in get_args(Beyond):
+            raise OptionError(f"beyond={beyond!r} is unknown", f"Choose {' or '.join(get_args(Beyond))}")
+        if beyond == "onnxruntime" and not (folder / _DYNAMIC).is_file():
+            raise ModelError(f"{folder} has no {_DYNAMIC} to fall back to", "Load it without beyond='onnxruntime'")
+        self.folder, self._beyond = folder, beyond
         self._executable = load_artifact(folder, threads)
+        self._lock = threading.Lock()
+        self._dynamic: Executable | None = None
 
     def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Outputs by name for one batch of named inputs, for example ``model(input_ids=ids, attention_mask=mask)``.
 
         Arrays may be shorter or smaller in batch than the largest size the artifact was built for: they are padded.
-        Raises `DataError` for missing names, wrong ranks, or sizes beyond the largest bucket.
+        Raises `DataError` for missing names, wrong ranks, or sizes beyond the largest (see `beyond`).
         """
-        return self._executable.run({name: np.asarray(array) for name, array in inputs.items()})
+        from rewriter.runtimes.tvm.buckets import TooLarge
+
+        arrays = {name: np.asarray(array) for name, array in inputs.items()}
+        try:
+            return self._executable.run(arrays)
+        except TooLarge:
+            if self._beyond == "error":
+                raise
+        return self._by_onnxruntime().run(arrays)
+
+    def _by_onnxruntime(self) -> Executable:
+        """The graph with dynamic shapes, loaded when it is first needed."""
+        from rewriter.runtimes.onnxruntime import OnnxRuntime
+
+        with self._lock:
+            if self._dynamic is None:
+                self._dynamic = OnnxRuntime().load(self.folder / _DYNAMIC, self._executable.manifest["threads"])
+            return self._dynamic
 
 
 def optimize(
@@ -61,7 +95,7 @@ def optimize(
     `output` the artifacts are written there. Raises `UserError` for bad input.
     """
     options |= {"data": data, "tokenizer": tokenizer, "output": output}
-    for name in ("data", "tokenizer", "output", "cache_dir", "plan"):
+    for name in ("data", "tokenizer", "output", "cache_dir", "plan", "shape_histogram"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
     drop = MaxDrop.parse(max_drop)
@@ -125,9 +159,12 @@ def apply(
     return apply_plan(sites(model, inputs, kwargs, dynamic_shapes), plan, data, passes)
 
 
-def load(folder: str | Path, threads: int | None = None) -> Model:
-    """Load what `optimize` wrote. Raises `ModelError` when files are missing, changed, or for another processor."""
-    return Model(Path(folder), threads)
+def load(folder: str | Path, threads: int | None = None, beyond: Beyond = "error") -> Model:
+    """Load what `optimize` wrote. Raises `ModelError` when files are missing, changed, or for another processor.
+
+    With ``beyond="onnxruntime"`` inputs larger than every size of the build run ``model.onnx`` in ONNX Runtime.
+    """
+    return Model(Path(folder), threads, beyond)
 
 
 def verify(folder: str | Path, against: str | Path, data: str | Path | None = None) -> dict[str, Any]:

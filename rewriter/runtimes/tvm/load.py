@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tvm import relax
 from rewriter.core.errors import DataError, ModelError
 from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.artifact import CODE, WEIGHTS, read_manifest
+from rewriter.runtimes.tvm.buckets import Buckets, Window, filled
 
 ALIGNMENT = 64
 _DTYPES = {
@@ -50,15 +51,43 @@ def _use_threads(count: int) -> None:
         _threads["pool"] = count
 
 
+class _Call:
+    """One bucket as one thread calls it: inputs have their place, which every request is written into."""
+
+    def __init__(self, function: Any, tensors: Sequence[Any], parameters: Sequence[Any]) -> None:
+        self.function, self.tensors, self.arguments = function, tensors, (*tensors, *parameters)
+        self.views = [_view(tensor) for tensor in tensors]
+
+    def put(self, index: int, array: NDArray[Any], window: Window | None, pad: float) -> None:
+        """Write an input to its place; outside of its window there is padding."""
+        view = self.views[index]
+        if view is None:
+            self.tensors[index].copyfrom(filled(array, self.tensors[index].shape, window, pad))
+        elif window is None:
+            view[...] = array
+        else:
+            view.fill(pad)
+            view[window] = array
+
+
+def _view(tensor: Any) -> NDArray[Any] | None:
+    """A tensor's memory as an array; None for types that numpy cannot share (bfloat16)."""
+    try:
+        return np.from_dlpack(tensor)
+    except (RuntimeError, BufferError):
+        return None
+
+
 class TvmExecutable:
     """A loaded artifact; `run` may be called from several threads."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self.inputs: list[dict[str, Any]] = manifest["inputs"]
+        self._sizes = Buckets(manifest)
+        self.inputs, self.buckets = self._sizes.inputs, self._sizes.all
         self._order = [spec["name"] for spec in self.inputs]
+        self._dtypes = {spec["name"]: np.dtype(spec["dtype"]) for spec in self.inputs}
         self.output_names = [output["name"] for output in manifest["outputs"]]
-        self.buckets: list[dict[str, Any]] = sorted(manifest["buckets"], key=_volume)
         self._weights: dict[str, Any] = {}
         self._local = threading.local()
         self._open()
@@ -68,30 +97,28 @@ class TvmExecutable:
         self._module = tvm.runtime.load_module(str(self.folder / CODE))
         self._weights = read_weights(self.folder / WEIGHTS)
 
-    # ---- one run
-
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name. Inputs shorter than a bucket are padded and outputs cropped if the artifact allows it.
 
         Raises `DataError` when inputs are missing or fit no bucket.
         """
         arrays = self._checked(feeds)
-        bucket = self._bucket(arrays)
-        tensors = [tvm.runtime.tensor(self._padded(name, arrays[name], bucket)) for name in self._order]
-        results = self._function(bucket)(*tensors, *self._parameters(bucket))
-        outputs = [result.numpy() for result in results]
-        sizes = self._sizes(arrays, bucket)
+        fit = self._sizes.fit(arrays)
+        call = self._call(fit.bucket)
+        for index, name in enumerate(self._order):
+            call.put(index, arrays[name], fit.windows[name], self._sizes.pad.get(name, 0.0))
+        results = call.function(*call.arguments)
         return {
-            name: self._cropped(output, described, sizes)
-            for name, output, described in zip(self.output_names, outputs, self.manifest["outputs"], strict=True)
+            name: result.numpy() if crop is None else result.numpy()[crop]
+            for name, result, crop in zip(self.output_names, results, fit.crops, strict=True)
         }
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
         """One run on these inputs as often as it is called: nothing is checked, converted or copied inside."""
         arrays = self._checked(feeds)
-        bucket = self._bucket(arrays)
-        tensors = [tvm.runtime.tensor(self._padded(name, arrays[name], bucket)) for name in self._order]
-        function, arguments = self._function(bucket), (*tensors, *self._parameters(bucket))
+        fit = self._sizes.fit(arrays)
+        tensors = [tvm.runtime.tensor(self._sizes.padded(name, arrays[name], fit)) for name in self._order]
+        function, arguments = self._function(fit.bucket), (*tensors, *self._parameters(fit.bucket))
 
         def once() -> None:
             function(*arguments)
@@ -106,77 +133,35 @@ class TvmExecutable:
 
     def forget_machine(self) -> None:
         """The calling thread gets a new virtual machine on its next run, without any instrument."""
-        self._local.__dict__.pop("machine", None)
+        self._local.__dict__.clear()
 
-    # ---- buckets
+    def _call(self, bucket: Mapping[str, Any]) -> _Call:
+        """The calling thread's own: a virtual machine and inputs serve one call at a time."""
+        calls: dict[str, _Call] = self._local.__dict__.setdefault("calls", {})
+        found = calls.get(bucket["function"])
+        if found is None:
+            shapes = [(tuple(bucket["inputs"][name]), str(self._dtypes[name])) for name in self._order]
+            tensors = [tvm.runtime.empty(shape, dtype) for shape, dtype in shapes]
+            found = calls[bucket["function"]] = _Call(self._function(bucket), tensors, self._parameters(bucket))
+        return found
 
     def _checked(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        unknown = sorted(set(feeds) - {spec["name"] for spec in self.inputs})
+        unknown = sorted(feeds.keys() - self._dtypes.keys())
         if unknown:
             raise DataError(f"the model has no input {unknown[0]!r}", f"Its inputs are {self._input_names()}")
-        arrays = {}
-        for spec in self.inputs:
-            if spec["name"] not in feeds:
-                raise DataError(f"the model's input {spec['name']!r} is missing", f"Give {self._input_names()}")
-            arrays[spec["name"]] = np.ascontiguousarray(feeds[spec["name"]], dtype=np.dtype(spec["dtype"]))
-        return arrays
+        for name in self._order:
+            if name not in feeds:
+                raise DataError(f"the model's input {name!r} is missing", f"Give {self._input_names()}")
+        return {name: np.ascontiguousarray(feeds[name], dtype=dtype) for name, dtype in self._dtypes.items()}
 
     def _input_names(self) -> str:
-        return ", ".join(spec["name"] for spec in self.inputs)
-
-    def _bucket(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """The smallest bucket that holds these inputs."""
-        for bucket in self.buckets:
-            if all(self._holds(name, arrays[name].shape, tuple(shape)) for name, shape in bucket["inputs"].items()):
-                return bucket
-        given = ", ".join(f"{name} {'x'.join(map(str, array.shape))}" for name, array in arrays.items())
-        largest = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.buckets[-1]["inputs"].items())
-        raise DataError(
-            f"inputs {given} fit no shape that was built; the largest is {largest}", "Build with their shape"
-        )
-
-    def _holds(self, name: str, given: tuple[int, ...], built: tuple[int, ...]) -> bool:
-        if given == built:
-            return True
-        fits = len(given) == len(built) and all(g <= b for g, b in zip(given, built, strict=True))
-        return fits and name in self.manifest["pad"]
-
-    def _padded(self, name: str, array: NDArray[Any], bucket: Mapping[str, Any]) -> NDArray[Any]:
-        shape = tuple(bucket["inputs"][name])
-        if array.shape == shape:
-            return array
-        padded = np.full(shape, self.manifest["pad"][name], array.dtype)
-        padded[tuple(slice(0, size) for size in array.shape)] = array
-        return padded
-
-    def _sizes(self, arrays: Mapping[str, NDArray[Any]], bucket: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-        """(real, built) size of every named axis."""
-        sizes = {}
-        for spec in self.inputs:
-            name = spec["name"]
-            for axis, label in enumerate(spec["shape"]):
-                if isinstance(label, str):
-                    sizes[label] = (arrays[name].shape[axis], bucket["inputs"][name][axis])
-        return sizes
-
-    def _cropped(
-        self, output: NDArray[Any], described: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
-    ) -> NDArray[Any]:
-        window = []
-        for axis, label in enumerate(described["shape"]):
-            real, built = sizes.get(label, (output.shape[axis],) * 2) if isinstance(label, str) else (None, None)
-            window.append(slice(0, real) if real != built else slice(None))
-        return output[tuple(window)] if any(part.stop is not None for part in window) else output
+        return ", ".join(self._order)
 
     def _function(self, bucket: Mapping[str, Any]) -> Any:
         return self.machine()[bucket["function"]]
 
     def _parameters(self, bucket: Mapping[str, Any]) -> list[Any]:
         return [self._weights[name] for name in bucket["parameters"]]
-
-
-def _volume(bucket: Mapping[str, Any]) -> int:
-    return sum(int(np.prod(shape)) for shape in bucket["inputs"].values())
 
 
 def read_weights(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from rewriter.core.options import parse_address
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.tvm.artifact import CODE, WEIGHTS, read_manifest
+from rewriter.runtimes.tvm.buckets import Fit
 from rewriter.runtimes.tvm.load import TvmExecutable, read_weights
 from rewriter.runtimes.tvm.runtime import TvmRuntime
 
@@ -158,17 +159,17 @@ class RemoteExecutable(TvmExecutable):
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name, computed on the device."""
         arrays = self._checked(feeds)
-        bucket = self._bucket(arrays)
-        sizes = self._sizes(arrays, bucket)
+        fit = self._sizes.fit(arrays)
+        function = fit.bucket["function"]
 
         def once() -> list[NDArray[Any]]:
-            self._set(bucket, self._inputs(arrays, bucket))
-            self._machine.invoke_stateful(bucket["function"])
-            found = self._machine.get_outputs(bucket["function"])
+            self._set(fit.bucket, self._inputs(arrays, fit))
+            self._machine.invoke_stateful(function)
+            found = self._machine.get_outputs(function)
             return [np.array(part.numpy()) for part in (found if isinstance(found, (tuple, list)) else (found,))]
 
-        described = zip(self.output_names, self.manifest["outputs"], self._persistently(once), strict=True)
-        return {name: self._cropped(output, shape, sizes) for name, shape, output in described}
+        named = zip(self.output_names, self._persistently(once), fit.crops, strict=True)
+        return {name: output if crop is None else output[crop] for name, output, crop in named}
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
         """One run on the device as often as it is called."""
@@ -182,22 +183,23 @@ class RemoteExecutable(TvmExecutable):
     def bind_clock(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
         """One run as often as it is called, which returns its seconds by the device's own clock."""
         arrays = self._checked(feeds)
-        bucket = self._bucket(arrays)
+        fit = self._sizes.fit(arrays)
+        bucket = fit.bucket
         held: dict[int, list[Any]] = {}
 
         def once() -> float:
             # Inputs live on the device until the session they were sent in ends.
             if self._generation not in held:
                 held.clear()
-                held[self._generation] = self._inputs(arrays, bucket)
+                held[self._generation] = self._inputs(arrays, fit)
             self._set(bucket, held[self._generation])
             clock = self._machine.time_evaluator("invoke_stateful", self._cpu, number=1, repeat=1)
             return float(clock(bucket["function"]).results[0])
 
         return lambda: self._persistently(once)
 
-    def _inputs(self, arrays: Mapping[str, NDArray[Any]], bucket: Mapping[str, Any]) -> list[Any]:
-        return [self._put(self._padded(name, arrays[name], bucket)) for name in self._order]
+    def _inputs(self, arrays: Mapping[str, NDArray[Any]], fit: Fit) -> list[Any]:
+        return [self._put(self._sizes.padded(name, arrays[name], fit)) for name in self._order]
 
     def _set(self, bucket: Mapping[str, Any], inputs: list[Any]) -> None:
         self._machine.set_input(bucket["function"], *inputs, *self._parameters(bucket))
