@@ -71,7 +71,7 @@ def test_int8_is_exact_up_to_its_epilogue(shape: Gemm, tile: Tile) -> None:
     left, left_scale = levels(a)
     right, right_scale = columns_of(b)
     wanted = finished(gemm, (left @ right) * left_scale * right_scale, bias, residual)
-    coarse = 1.2e-4 if gemm.activation == "gelu" else 3e-6
+    coarse = 5e-6 if gemm.activation == "gelu" else 3e-6
     np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=coarse)
 
 
@@ -86,7 +86,9 @@ def test_bf16_rounds_its_operands_only(shape: Gemm, tile: Tile) -> None:
     (got,) = run_kernel(gemm_bf16.make_gemm_bf16(gemm, tile), inputs, (*gemm.leading, gemm.N))
     product = gemm_bf16.rounded(a).astype(np.float64) @ gemm_bf16.rounded(b)
     wanted = finished(gemm, product, bias, residual)
-    np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=4e-6 * gemm.K**0.5)
+    # GELU is rounded to bfloat16 next, whose steps are 4e-3 of a number.
+    coarse = 5e-6 if gemm.activation == "gelu" else 0.0
+    np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=4e-6 * gemm.K**0.5 + coarse)
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 37, 64])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.runtimes.tvm.kernels import emit
 from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, splat
+from rewriter.runtimes.tvm.kernels.expressions import ACTIVATIONS, coarse_gelu
 from rewriter.runtimes.tvm.kernels.gemm import GROUP, Gemm, Tile, TileWriter, pack
 
 FEATURE, LANES = "avx512_bf16", 16
@@ -57,6 +58,7 @@ def make_gemm_bf16(gemm: Gemm, tile: Tile, name: str = "gemm_bf16") -> Any:
 
 class _Writer(TileWriter):
     words = "int32"
+    activations: ClassVar = {**ACTIVATIONS, "gelu": coarse_gelu}  # beside what the operands were rounded by
 
     def body(self, *buffers: Buffer) -> None:
         """See `TileWriter.body`; with the instruction imported."""
