@@ -293,7 +293,7 @@ def draw(
     feeds = {}
     for spec in graph.inputs:
         shape = tuple(sizes.of(axis, key_of(position)) for position, axis in enumerate(spec.shape))
-        if example is None:
+        if example is None or not np.asarray(example[spec.name]).size:  # an empty cache shows nothing
             feeds[spec.name] = _fill(spec, shape, known, rng, hostile)
         else:
             feeds[spec.name] = _cut(spec, np.asarray(example[spec.name]), shape, known, hostile)
