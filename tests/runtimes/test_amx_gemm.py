@@ -31,6 +31,7 @@ SHAPES = [
     (Gemm((65,), 96, 300, bias=True, activation="relu"), replace(PLAIN, block=44, overlap=True)),
     (Gemm((5, 20), 130, 24, bias=True, threads=2), replace(PLAIN, ahead=True, overlap=True)),
     (Gemm((33,), 31, 70, residual=True, threads=3), replace(PLAIN, overlap=True)),
+    (Gemm((19,), 9, 40, bias=True), replace(PLAIN, overlap=True)),
     (Gemm((4, 33), 256, 64, threads=2), replace(PLAIN, block=54)),
 ]
 

@@ -110,6 +110,17 @@ def build_and_run(
     return outputs, {name: count - before[name] for name, count in counts().items()}
 
 
+def flash(spec: Any, tile: Any, inputs: list[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, dict[str, int]]:
+    """One attention and the tile instructions that it took."""
+    from rewriter.runtimes.tvm.kernels.amx_flash import make_flash_amx
+    from tests.runtimes.tvm import harness
+
+    begin()
+    compiled, before = tiled(make_flash_amx(spec, tile), spec.threads), counts()
+    (result,) = harness.call_kernel(compiled, inputs, shape)
+    return result, {name: count - before[name] for name, count in counts().items()}
+
+
 def peak(precision: Any, turns: int = 3, repeats: int = 2) -> tuple[float, dict[str, int], int]:
     """The measured peak, the tile instructions of measuring it, and the operations of one call."""
     from rewriter.runtimes.tvm import amx_peak

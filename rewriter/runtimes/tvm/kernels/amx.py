@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from rewriter.core.target import MATRIX_FEATURES
 from rewriter.runtimes.tvm.kernels import emit
-from rewriter.runtimes.tvm.kernels.emit import Expression, Index, store
+from rewriter.runtimes.tvm.kernels.emit import Buffer, Expression, Index, store
 from rewriter.runtimes.tvm.kernels.gemm import MATRIX_WORDS, Precision
 
 ROWS = 16  # most rows of a tile
@@ -49,6 +49,13 @@ def configured(rows: Sequence[int]) -> Iterator[None]:
     T.evaluate(_call("llvm.x86.ldtilecfg", T.address_of(config[0])))
     yield
     T.evaluate(_call("llvm.x86.tilerelease"))
+
+
+def hold(*buffers: Buffer) -> None:
+    """Keep new scratch as it was asked for: TVM shrinks it to the corners of what it sees accessed, without tiles."""
+    for buffer in buffers:
+        for corner in ([0] * len(buffer.shape), [int(size) - 1 for size in buffer.shape]):
+            store(buffer, T.Cast(str(buffer.dtype), 0), *corner)
 
 
 def zero(tile: int) -> None:

@@ -68,6 +68,7 @@ class _Bf16Writer(TileWriter):
         share = -(-self.gemm.panels(self.tile) // threads)
         with loop(threads, parallel=threads > 1) as thread, T.sblock("panels"), amx.configured(self._tile_rows()):
             self.staged = emit.scratch((self.halves * self.tile.rows, self.width), self.sums)
+            amx.hold(self.staged)
             self.tail: Buffer = emit.scratch((LANES,), registers=True) if self.edge % LANES else None
             first = thread * share
             count = T.max(T.min(self.full_panels - first, share), 0)
