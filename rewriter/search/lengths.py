@@ -22,7 +22,7 @@ from rewriter.runtimes.retry import call_twice
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.buckets import Curve, choose, expected_s, probes, serving
 from rewriter.search.decision import Outcome
-from rewriter.search.padding import shapes_at
+from rewriter.search.padding import Outputs, name_outputs, shapes_at
 from rewriter.search.session import Session
 from rewriter.search.traffic import Traffic
 
@@ -157,7 +157,9 @@ def build_artifact(
 ) -> Path:
     """An artifact for several sets of shapes, in the guarded worker. Raises `UserError` when that fails."""
     saved = graph.save(session.folder / f"{name}.onnx")
-    arguments = (session.engine, saved, shapes, session.folder / name, session.target, pad, session.cache / "compiled")
+    outputs = session.traffic.outputs if session.traffic is not None else {}
+    place, cache = session.folder / name, session.cache / "compiled"
+    arguments = (session.engine, saved, shapes, place, session.target, pad, cache, outputs)
     limit_s = _SEARCH_LIMIT_S if session.options.tuner == "metaschedule" else _BUILD_LIMIT_S
     spec = f"{__name__}:build_in_worker"
     built = call_twice(session.builder, spec, *arguments, timeout_s=limit_s, told=session.notes.append)
@@ -174,8 +176,9 @@ def build_in_worker(
     target: Any,
     pad: Mapping[str, float],
     cache: Path,
+    outputs: Outputs,
 ) -> Path:
-    """In the worker: one artifact for several sets of shapes."""
+    """In the worker: one artifact for several sets of shapes, its outputs' axes named as found."""
     from rewriter.graph.onnx import load
     from rewriter.runtimes.base import of_spec
     from rewriter.runtimes.tvm.runtime import TvmRuntime
@@ -183,7 +186,9 @@ def build_in_worker(
     engine = of_spec(runtime)
     assert isinstance(engine, TvmRuntime)
     engine.cache = cache
-    return engine.build_buckets(load(model), shapes, folder, target, pad)
+    graph = load(model)
+    name_outputs(graph, outputs)
+    return engine.build_buckets(graph, shapes, folder, target, pad)
 
 
 def _timed(session: Session, artifact: Path, sizes: Sequence[Size]) -> dict[Size, float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rewriter.calibration.data import Dataset
@@ -21,6 +22,7 @@ from rewriter.graph.onnx import OnnxGraph, TensorSpec
 
 Feeds = dict[str, NDArray[Any]]
 Shapes = dict[str, tuple[int, ...]]
+Outputs = dict[str, tuple[int | str | None, ...]]
 
 TOLERANCE = 1e-4  # relative to an output's largest value: sums in another order, no more
 
@@ -86,7 +88,38 @@ def padded(feeds: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ..
     return filled
 
 
-def harm_of_padding(graph: OnnxGraph, axes: Axes, requests: Sequence[Feeds], to: Size) -> str:
+def outputs_of(graph: OnnxGraph, axes: Axes, short: tuple[Size, Feeds], long: tuple[Size, Feeds]) -> Outputs:
+    """The axes of each output by name, where they follow those of requests in two runs of other sizes.
+
+    Exporters often give the axes of outputs names of their own. Raises `UserError` when the model cannot be run.
+    """
+    interpreter = Interpreter(graph)
+    sizes = [axes.sizes(size) for size, _ in (short, long)]
+    shapes = [{name: tuple(v.shape) for name, v in interpreter.run(feeds).items()} for _, feeds in (short, long)]
+    named: Outputs = {}
+    for spec in graph.outputs:
+        before, after = (found[spec.name] for found in shapes)
+        pairs = list(zip(before, after, strict=True)) if len(before) == len(after) else []
+        named[spec.name] = tuple(_label(pair, sizes) for pair in pairs)
+    return named
+
+
+def _label(pair: tuple[int, int], sizes: Sequence[Mapping[str, int]]) -> int | str | None:
+    if pair[0] == pair[1]:
+        return pair[0]
+    return next((name for name in sizes[0] if pair == (sizes[0][name], sizes[1][name])), None)
+
+
+def name_outputs(graph: OnnxGraph, outputs: Outputs) -> None:
+    """Write the found axes into the graph, from where artifacts take them."""
+    for value in graph.model.graph.outputs:
+        labels = outputs.get(value.name or "", ())
+        declared = value.shape.rank() if value.shape is not None else len(labels)
+        if labels and declared == len(labels):
+            value.shape = ir.Shape(labels)
+
+
+def harm_of_padding(graph: OnnxGraph, axes: Axes, outputs: Outputs, requests: Sequence[Feeds], to: Size) -> str:
     """Why filling these requests up to (batch, tokens) changes the model's answers; empty when it does not."""
     interpreter = Interpreter(graph)
     sizes = axes.sizes(to)
@@ -97,8 +130,8 @@ def harm_of_padding(graph: OnnxGraph, axes: Axes, requests: Sequence[Feeds], to:
             true, found = (
                 {name: value.numpy() for name, value in interpreter.run(one).items()} for one in (feeds, whole)
             )
-            for spec in graph.outputs:
-                problem = _differs(spec, true[spec.name], found[spec.name], sizes)
+            for name, labels in outputs.items():
+                problem = _differs(name, labels, true[name], found[name], sizes)
                 if problem:
                     return problem
     except UserError as error:
@@ -106,13 +139,15 @@ def harm_of_padding(graph: OnnxGraph, axes: Axes, requests: Sequence[Feeds], to:
     return ""
 
 
-def _differs(spec: TensorSpec, true: NDArray[Any], found: NDArray[Any], sizes: Mapping[str, int]) -> str:
-    named = {axis for axis, label in enumerate(spec.shape) if label in sizes}
+def _differs(
+    name: str, labels: Sequence[int | str | None], true: NDArray[Any], found: NDArray[Any], sizes: Mapping[str, int]
+) -> str:
+    named = {axis for axis, label in enumerate(labels) if label in sizes}
     if found.ndim != true.ndim:
-        return f"output {spec.name} has another number of axes when inputs are padded"
+        return f"output {name} has another number of axes when inputs are padded"
     cut = found[tuple(slice(0, size) if axis in named else slice(None) for axis, size in enumerate(true.shape))]
     if cut.shape != true.shape:
-        return f"output {spec.name} changes its shape with padding along an axis that no input has"
+        return f"output {name} changes its shape with padding along an axis that no input has"
     if not true.size:
         return ""
     wide, wanted = cut.astype(np.float64), true.astype(np.float64)
@@ -121,5 +156,5 @@ def _differs(spec: TensorSpec, true: NDArray[Any], found: NDArray[Any], sizes: M
     largest = float(np.max(np.abs(wanted), where=np.isfinite(wanted), initial=0.0))
     # Not a number is no small gap.
     if not gap <= TOLERANCE * largest:
-        return f"output {spec.name} changes by {gap:.2g} (largest value {largest:.2g}) when inputs are padded"
+        return f"output {name} changes by {gap:.2g} (largest value {largest:.2g}) when inputs are padded"
     return ""

@@ -10,7 +10,7 @@ from rewriter.core.lengths import Requests
 from rewriter.core.options import Options
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.search.padding import Axes, axes_of, check_batches, harm_of_padding
+from rewriter.search.padding import Axes, Outputs, axes_of, check_batches, harm_of_padding, outputs_of
 from rewriter.search.requests import RequestMaker, examples, known_requests
 from rewriter.search.workload import Workload, choose_workload
 
@@ -21,12 +21,14 @@ _FAR = 1024  # padding is looked at up to so many tokens, or a little beyond the
 class Traffic:
     """The sizes of requests with the axes they vary, and what makes their inputs.
 
-    `harm` says why padding changes the model's answers; empty where it does not. `asked`: by ``--shape-histogram``.
+    `outputs` names the axes of outputs that follow them. `harm` says why padding changes the model's answers; empty
+    where it does not. `asked`: by ``--shape-histogram``.
     """
 
     requests: Requests
     axes: Axes
     make: RequestMaker
+    outputs: Outputs
     harm: str
     asked: bool
 
@@ -52,7 +54,8 @@ def choose_traffic(graph: OnnxGraph, data: Dataset | None, options: Options) -> 
     make = RequestMaker(graph, workload.shapes, axes, data, options.seed)
     if asked:
         _check_longest(graph, requests, make)
-    return workload, Traffic(requests, axes, make, _harm(graph, axes, requests, make), asked)
+    outputs, harm = _padding(graph, axes, requests, make)
+    return workload, Traffic(requests, axes, make, outputs, harm, asked)
 
 
 def _check_longest(graph: OnnxGraph, requests: Requests, make: RequestMaker) -> None:
@@ -75,13 +78,20 @@ def _usual(graph: OnnxGraph, workload: Workload, axes: Axes) -> tuple[int, int]:
     raise AssertionError(f"no input has the axis {axes.tokens}")
 
 
-def _harm(graph: OnnxGraph, axes: Axes, requests: Requests, make: RequestMaker) -> str:
-    """Looked at on a few short requests, filled up in tokens, and in samples where batches differ."""
-    largest = requests.batches[-1]
+def _padding(graph: OnnxGraph, axes: Axes, requests: Requests, make: RequestMaker) -> tuple[Outputs, str]:
+    """The axes of outputs and the harm: of short requests filled up in tokens, and in samples if batches differ."""
+    largest, (batch, tokens) = requests.batches[-1], min(requests.counts)
+    step = 1 if tokens < requests.longest else -1 if tokens > 1 else 0
+    other = (batch + (axes.batch is not None), tokens + step)
+    try:
+        sizes = ((batch, tokens), other)
+        outputs = outputs_of(graph, axes, *[(size, make(*size, 0)) for size in sizes])
+    except UserError as error:
+        return {}, f"the model could not be run at two sizes: {error}"
     for (batch, tokens), feeds in examples(make, requests):
         rows = min(largest, batch + 2) if axes.batch is not None else batch
         to = (rows, min(requests.longest, max(_FAR, tokens + 64)))
-        problem = harm_of_padding(graph, axes, [feeds], to) if to != (batch, tokens) else ""
+        problem = harm_of_padding(graph, axes, outputs, [feeds], to) if to != (batch, tokens) else ""
         if problem:
-            return problem
-    return ""
+            return outputs, problem
+    return outputs, ""
