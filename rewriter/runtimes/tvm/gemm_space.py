@@ -23,9 +23,11 @@ from rewriter.runtimes.tvm.tiles import default_gemm, unroll_for
 
 # Rows and vectors of register tiles whose sums fit beside the operands, by registers of the processor.
 SHAPES = {
-    32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1), (4, 6), (3, 8)),
+    32: ((8, 3), (12, 2), (6, 4), (9, 3), (13, 2), (24, 1)),
     16: ((6, 2), (4, 3), (5, 2), (12, 1), (3, 4)),
 }
+FEW_ROWS, WIDE = 4, ((4, 6), (3, 8))  # a few rows have registers to spare for wide panels
+SHORT = 48  # rows below which fetching ahead is as likely to help as to hurt
 MOST_WASTE = 1.34  # columns computed for one that is there
 FLIP_COST, UNROLL_COST = 1.02, 1.03  # guesses of the model: what prefetching and unrolling otherwise do at most
 BYTES_PER_CYCLE = 8.0  # of one core from memory
@@ -49,7 +51,7 @@ class GemmSpace:
         """By format, epilogue, rows, columns and depth."""
         spec = self.spec
         kernel = f"gemm:{spec.activation}:{int(spec.bias)}:{int(spec.residual)}{':amx' * spec.matrix_unit}"
-        names = ("emit", "expressions", "gemm", "gemm_bf16", "gemm_int8", "amx_gemm")
+        names = ("emit", "expressions", "gemm", "gemm_bf16", "gemm_int8", "amx", "amx_gemm")
         return Subject.of(kernel, (spec.M, spec.N, spec.K), self.target, spec.precision, source_version(*names))
 
     def choices(self) -> list[Tile]:
@@ -70,7 +72,8 @@ class GemmSpace:
     def _shapes(self) -> list[Tile]:
         """Other register tiles, rows balanced over M."""
         spec, found = self.spec, []
-        for most, vectors in SHAPES[self.target.registers]:
+        wide = WIDE if spec.M <= FEW_ROWS and self.target.registers >= 32 else ()
+        for most, vectors in (*SHAPES[self.target.registers], *wide):
             rows = -(-spec.M // -(-spec.M // most))
             width = vectors * spec.lanes
             if -(-spec.N // width) * width <= MOST_WASTE * spec.N:
@@ -94,7 +97,7 @@ class GemmSpace:
 
         compute = spec.depth * panels * (full * step(tile.rows) + (step(left) if left else 0.0))
         memory = 4.0 * spec.depth * panels * spec.lanes * tile.vectors / BYTES_PER_CYCLE
-        guess = (FLIP_COST if tile.ahead != self.default.ahead else 1.0) * (
+        guess = (FLIP_COST if tile.ahead != self.default.ahead and spec.M >= SHORT else 1.0) * (
             UNROLL_COST if tile.unroll != unroll_for(spec, tile.rows, tile.vectors) else 1.0
         )
         return max(compute / spec.threads, memory) * guess
