@@ -16,6 +16,7 @@ from rewriter.core.options import MaxDrop, Options
 from rewriter.core.progress import Listener
 from rewriter.core.rewrite import Pass
 from rewriter.pipeline import Result
+from rewriter.report.output import TVM, kept_runtime
 
 if TYPE_CHECKING:
     from rewriter.runtimes.base import Executable
@@ -30,28 +31,26 @@ _DYNAMIC = "model.onnx"
 
 
 class Model:
-    """An optimised model that `optimize` wrote; safe to call from several threads.
+    """An optimised model that `optimize` wrote, in the runtime that won; safe to call from several threads.
 
     `beyond` says what happens to inputs that fit no size of the build: ``error``, or ``onnxruntime`` for running
     ``model.onnx``, the same graph with dynamic shapes, in ONNX Runtime.
     """
 
     def __init__(self, folder: Path, threads: int | None = None, beyond: Beyond = "error") -> None:
-        from rewriter.runtimes.tvm.load import load as load_artifact
-
         if beyond not in get_args(Beyond):
             raise OptionError(f"beyond={beyond!r} is unknown", f"Choose {' or '.join(get_args(Beyond))}")
         if beyond == "onnxruntime" and not (folder / _DYNAMIC).is_file():
             raise ModelError(f"{folder} has no {_DYNAMIC} to fall back to", "Load it without beyond='onnxruntime'")
         self.folder, self._beyond = folder, beyond
-        self._executable = load_artifact(folder, threads)
+        self._executable, self._threads = _kept(folder, threads)
         self._lock = threading.Lock()
         self._dynamic: Executable | None = None
 
     def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Outputs by name for one batch of named inputs, for example ``model(input_ids=ids, attention_mask=mask)``.
 
-        Arrays may be shorter or smaller in batch than the largest size the artifact was built for: they are padded.
+        A TVM build takes arrays shorter or smaller in batch than the largest size it was made for: they are padded.
         Raises `DataError` for missing names, wrong ranks, or sizes beyond the largest (see `beyond`).
         """
         from rewriter.runtimes.tvm.buckets import TooLarge
@@ -70,8 +69,21 @@ class Model:
 
         with self._lock:
             if self._dynamic is None:
-                self._dynamic = OnnxRuntime().load(self.folder / _DYNAMIC, self._executable.manifest["threads"])
+                self._dynamic = OnnxRuntime().load(self.folder / _DYNAMIC, self._threads)
             return self._dynamic
+
+
+def _kept(folder: Path, threads: int | None) -> tuple[Executable, int]:
+    """What was kept, in the runtime it was kept for, and the threads it runs on."""
+    runtime = kept_runtime(folder)
+    if runtime != TVM:
+        from rewriter.search.shipped import load_kept
+
+        return load_kept(folder, runtime, threads or 1), threads or 1
+    from rewriter.runtimes.tvm.load import load as load_artifact
+
+    built = load_artifact(folder, threads)
+    return built, int(built.manifest["threads"])
 
 
 def optimize(

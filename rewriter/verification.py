@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 
 from rewriter.accuracy.metrics import choose_metric
 from rewriter.calibration.data import draw_inputs, load_data
-from rewriter.core.errors import ModelError
+from rewriter.core.errors import ModelError, UserError
 from rewriter.core.options import MaxDrop
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, load
 from rewriter.graph.ranges import integer_ranges
+from rewriter.report.output import TVM, kept_runtime
 
 Feeds = dict[str, NDArray[Any]]
 
 _SAMPLES = 256
+_FEWEST = 8  # samples below which a metric says nothing
 # Of the largest output. fp32 kernels sum in another order than the model's own operators; where products are rounded to
 # fewer bits, a sum that differs in the last place may round the other way, and that spreads through the layers.
 _TVM_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
@@ -98,9 +100,43 @@ def _outputs(
 
         first = {name: array[:1] for name, array in inputs.items()}
         worst = _difference(_run(best, first), load_artifact(folder).run(first))
-        rounded = any(option.startswith("precision") for option in report["best"]["plan"])
-        limit = _ROUNDED_TOLERANCE if rounded else _TVM_TOLERANCE
+        limit = _ROUNDED_TOLERANCE if _rounded(report) else _TVM_TOLERANCE
         yield _check("model.so", worst <= limit, f"largest relative difference {worst:.1e} from model.onnx")
+    if kept_runtime(folder) not in (TVM, "onnxruntime"):
+        yield _kept_artifact(folder, report, inputs, labels, wanted, found)
+
+
+def _kept_artifact(
+    folder: Path, report: dict[str, Any], inputs: Feeds, labels: NDArray[np.int64] | None, wanted: Feeds, found: Feeds
+) -> dict[str, Any]:
+    """The artifact of a runtime besides TVM and ONNX Runtime, as it is served: one sample at a time.
+
+    One that rounds is measured by the metric where there is one and data for it, like a rewrite.
+    """
+    from rewriter.search.engines import BY_KEY
+    from rewriter.search.shipped import load_kept
+
+    runtime = kept_runtime(folder)
+    try:
+        artifact = load_kept(folder, runtime)
+        rows = [artifact.run({name: array[i : i + 1] for name, array in inputs.items()}) for i in range(_rows(inputs))]
+    except UserError as problem:
+        return _check(runtime, False, str(problem))
+    served = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    worst = _difference(found, served)
+    detail = f"largest relative difference {worst:.1e} from model.onnx"
+    if not BY_KEY[runtime].rounds:
+        return _check(runtime, worst <= _ROUNDED_TOLERANCE if _rounded(report) else worst <= _TVM_TOLERANCE, detail)
+    if report["metric"] is None or _rows(inputs) < _FEWEST:
+        return _check(runtime, worst < float("inf"), f"{detail}; only --data says what its rounding costs")
+    metric = choose_metric(report["metric"]["name"], wanted, labels)
+    drop, allowed = metric.paired(wanted, served, labels).drop, MaxDrop.parse(report["metric"]["max_drop"])
+    said = f"{metric.name} drop {100 * drop:.3f} points on {_rows(inputs)} samples, {allowed} allowed"
+    return _check(runtime, drop <= allowed.fraction, said)
+
+
+def _rounded(report: dict[str, Any]) -> bool:
+    return any(option.startswith("precision") for option in report["best"]["plan"])
 
 
 def _inputs(original: OnnxGraph, report: dict[str, Any], data: Path | None) -> tuple[Feeds, NDArray[np.int64] | None]:

@@ -11,7 +11,7 @@ from typing import Literal
 from rewriter.core.errors import OptionError
 
 Effort = Literal["quick", "normal", "thorough"]
-Runtime = Literal["tvm", "onnxruntime", "auto"]
+Runtime = Literal["tvm", "onnxruntime", "openvino", "torch", "auto"]
 Emit = Literal["artifact", "static-library"]
 Tuner = Literal["none", "templates", "metaschedule"]
 Precision = Literal["fp32", "bf16", "int8", "any"]
@@ -89,7 +89,11 @@ class Options:
         default=None, metadata={"help": "how many sizes to build for (default: while one more saves 2%% of the time)"}
     )
     runtime: Runtime = field(
-        default="tvm", metadata={"help": "what runs the result", "choices": ("tvm", "onnxruntime", "auto")}
+        default="tvm",
+        metadata={
+            "help": "what runs the result; auto times all that are installed and keeps the fastest",
+            "choices": ("tvm", "onnxruntime", "openvino", "torch", "auto"),
+        },
     )
     precision: Precision = field(
         default="any",
@@ -145,7 +149,8 @@ class Options:
             raise OptionError(f"--emit {self.emit} has one shape", "Leave --shape-histogram out")
         if self.emit != "artifact" and not self.compile_only:
             raise OptionError(f"--emit {self.emit} times nothing", "Add --compile-only")
-        if self.tuner == "metaschedule" and (self.compile_only or self.rpc is not None or self.runtime == "onnxruntime"):
+        with_tvm = self.runtime in ("tvm", "auto")
+        if self.tuner == "metaschedule" and (self.compile_only or self.rpc is not None or not with_tvm):
             raise OptionError(f"--tuner {self.tuner} measures kernels of TVM on this machine", "Leave the others out")
         if (self.rpc is None) != (self.key is None):
             raise OptionError("--rpc and --key belong together", "Write --rpc HOST:PORT --key NAME")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rewriter.report.lengths import lengths_lines, lengths_section
+from rewriter.report.runtimes import kept_row, runtimes_lines, runtimes_section
 from rewriter.report.words import cell, latency, ratio
 
 __all__ = ["cell", "latency", "markdown", "ratio", "summary"]
@@ -26,6 +27,7 @@ def summary(report: Report) -> str:
         facts = [f"{ratio(value)} against {_RIVALS[name]}" for name, value in rivals.items() if value]
         lines += [f"  {artifact}: " + "; ".join(facts)] if facts else []
     lines += ["  " + line for line in lengths_lines(report.get("lengths"), _RIVALS)]
+    lines += ["  " + line for line in runtimes_lines(report.get("runtimes", ()), report["best"].get("load", ""))]
     lines += ["  " + line for line in _quality(report)]
     lines += [f"  note: {note}" for note in report["notes"]]
     if report.get("output"):
@@ -37,6 +39,7 @@ def markdown(report: Report) -> str:
     """The whole report for people."""
     parts = [f"# {_headline(report)}", ""]
     parts += _speed_section(report)
+    parts += runtimes_section(report.get("runtimes", ()), report["best"].get("load", ""))
     parts += lengths_section(report.get("lengths"), _RIVALS)
     parts += ["## Does it still do its job?", "", *[f"- {line}" for line in _quality(report)], ""]
     parts += _sites_section(report)
@@ -51,8 +54,11 @@ def markdown(report: Report) -> str:
 def _headline(report: Report) -> str:
     if report["best"]["kept_original"]:
         return "The original is kept: nothing was both faster and good enough"
+    kept = kept_row(report.get("runtimes", ()))
+    if kept is not None and kept["against_original"]:
+        return f"A variant is kept: {ratio(kept['against_original'])} faster than the original in its fastest runtime"
     # The artifact of the runtime that decided; the other one may not have been timed.
-    artifact = "model.so" if report["best"]["runtime"] == "tvm" else "model.onnx"
+    artifact = report["best"].get("artifact") or ("model.so" if report["best"]["runtime"] == "tvm" else "model.onnx")
     best = report["speedup"][artifact]["original"]
     how = f"{ratio(best)} faster than" if best else "not timed beside"
     return f"A variant is kept: {how} the original in the same runtime"

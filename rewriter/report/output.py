@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rewriter.core.errors import OutputError
+from rewriter.core.errors import ModelError, OutputError
 
 MARKER = "report.json"
+TVM = "tvm"
 COMPILED = "compiled.json"  # what --compile-only writes instead
 
 
@@ -45,6 +46,18 @@ def existing_parent(folder: Path) -> Path:
     while not place.exists():
         place = place.parent
     return place
+
+
+def kept_runtime(folder: Path) -> str:
+    """The runtime that a folder's report says what was kept is for; ``tvm`` where it does not say."""
+    report = folder / MARKER
+    if not report.is_file():
+        return TVM
+    try:
+        found = str(json.loads(report.read_text())["best"]["runtime"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{report} is damaged: {error}", "Run optimize again") from None
+    return TVM if found == "not measured" else found
 
 
 def _ours(folder: Path) -> bool:

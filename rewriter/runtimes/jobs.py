@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewriter.core.refusal import Refusal
 from rewriter.core.target import Target
 from rewriter.runtimes.base import Caching, Calibrated, Executable, Feeds, of_spec
 from rewriter.runtimes.worker_main import fetch, store
@@ -32,6 +33,11 @@ def build(
     if isinstance(engine, Calibrated):
         engine.samples = samples
     return engine.build(load_graph(model), shapes, folder, target)
+
+
+def available(runtime: str) -> Refusal | None:
+    """Why a runtime cannot be used here, or None."""
+    return of_spec(runtime).available()
 
 
 def open_executable(key: str, runtime: str, artifact: Path, threads: int) -> None:

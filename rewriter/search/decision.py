@@ -14,9 +14,12 @@ from rewriter.measurement.race import Rules
 from rewriter.search.asked import ASKED, asked_sizes, assemble_asked
 from rewriter.search.candidates import exact_options
 from rewriter.search.certification import Candidate, Certified, certify_front, worthy
+from rewriter.search.engines import BY_KEY
+from rewriter.search.entrants import entry_name
 from rewriter.search.finals import ORIGINAL, RIVAL, RIVAL_INT8, Finals, run_finals, under_onnxruntime
 from rewriter.search.problem import Options
 from rewriter.search.refine import Trial
+from rewriter.search.rounding import rounded_candidates, undominated
 from rewriter.search.run import Search, search
 from rewriter.search.scoring import Scorer
 from rewriter.search.session import Session
@@ -43,16 +46,22 @@ class Outcome:
     scorer: Scorer | None = None
     exact: Mapping[str, Options] = field(default_factory=dict)
     interrupted: bool = False
+    shipped: str | None = None
+
+    @property
+    def entry(self) -> str | None:
+        """The entry of the finals that is kept: `shipped` where that was certified, else what stands for `kept`."""
+        return self.shipped or self.finals.entry(self.kept.name)
 
     @property
     def kept_original(self) -> bool:
-        """Whether the original won."""
-        return self.kept.name == ORIGINAL
+        """Whether the original won, in the numbers it has."""
+        return self.kept.name == ORIGINAL and self.shipped is None
 
     @property
     def verdict(self) -> Certified | None:
         """The verdict about what is kept, if it needed one."""
-        return next((v for v in self.verdicts if v.candidate.variant.name == self.kept.name), None)
+        return next((v for v in self.verdicts if v.candidate.shipped.name == self.entry), None)
 
     def cut_short(self) -> Outcome:
         """The same outcome, reached because the run was interrupted."""
@@ -116,29 +125,44 @@ def decide_between(session: Session, so_far: Outcome, found: Search) -> Outcome:
         so_far, finals=finals, trials=tuple(found.trials), search=found, scorer=found.scorer, outcomes=outcomes,
         kept=exact[0] if floor != ORIGINAL else so_far.original,
     )  # fmt: skip
-    return _certified(session, base, found, worth) if worth else base
+    rounded, why = rounded_candidates(session, found.scorer, finals, [so_far.original, *exact, *finalists], floor)
+    base = replace(base, outcomes=outcomes | why)
+    return _certified(session, base, found, worth, rounded) if worth or rounded else base
 
 
-def _certified(session: Session, base: Outcome, found: Search, worth: Sequence[Variant]) -> Outcome:
+def _certified(
+    session: Session, base: Outcome, found: Search, worth: Sequence[Variant], rounded: Sequence[Candidate]
+) -> Outcome:
     finals = base.finals
     candidates = [
         Candidate(v, finals.subject(v.name), latency.median, found.paired[v.name])
         for v in worth
         if (latency := finals.latency(v.name)) is not None
     ]
+    hopeful = undominated(finals, candidates, rounded)
+    candidates += hopeful
     try:
         with session.progress.stage("proof", f"certifying up to {len(candidates)} variants on data that chose nothing"):
             verdicts = certify_front(session, found.scorer, candidates)
     except KeyboardInterrupt:
         return base.cut_short()
     outcomes = dict(base.outcomes)
-    outcomes |= {c.variant.name: "not brought to certification" for c in candidates}
-    outcomes |= {v.candidate.variant.name: v.verdict.reason for v in verdicts}
+    outcomes |= {c.shipped.name: "another is faster and loses no more" for c in rounded}
+    outcomes |= {_label(finals, c): "not brought to certification" for c in candidates}
+    outcomes |= {_label(finals, v.candidate): v.verdict.reason for v in verdicts}
     passed = [v.candidate for v in verdicts if v.verdict.certified]
     if not passed:
         return replace(base, verdicts=tuple(verdicts), outcomes=outcomes)
-    kept = min(passed, key=lambda c: c.latency_s).variant
-    return replace(base, kept=kept, verdicts=tuple(verdicts), outcomes=outcomes | {kept.name: "kept"})
+    kept = min(passed, key=lambda c: c.latency_s)
+    outcomes |= {_label(finals, kept): "kept"}
+    shipped = kept.shipped.name if any(one is kept for one in hopeful) else None
+    return replace(base, kept=kept.variant, verdicts=tuple(verdicts), outcomes=outcomes, shipped=shipped)
+
+
+def _label(finals: Finals, candidate: Candidate) -> str:
+    """The variant's name, or that of an entry that stands for itself."""
+    own = candidate.shipped.name == finals.entry(candidate.variant.name)
+    return candidate.variant.name if own else candidate.shipped.name
 
 
 def _finalists(session: Session, found: Search) -> list[Variant]:
@@ -186,4 +210,8 @@ def speedups(outcome: Outcome) -> dict[str, dict[str, Interval | None]]:
         against = {"original": original, "onnxruntime": RIVAL, "onnxruntime_int8": RIVAL_INT8}
         return {key: one if entry == rival else finals.entry_ratio(entry, rival) for key, rival in against.items()}
 
-    return {"model.so": row(name, ORIGINAL), "model.onnx": row(onnx_name, RIVAL)}
+    rows = {"model.so": row(name, ORIGINAL), "model.onnx": row(onnx_name, RIVAL)}
+    engine = BY_KEY.get(finals.engine(outcome.entry)) if outcome.entry is not None else None
+    if engine is None or engine.path in rows:
+        return rows
+    return rows | {engine.path: row(str(outcome.entry), entry_name(ORIGINAL, engine.key))}

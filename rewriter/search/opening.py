@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
@@ -16,12 +16,13 @@ from rewriter.assembly.several_graphs import Decoder, Sibling, open_decoder, rea
 from rewriter.attention.recognise import recognise
 from rewriter.calibration.data import Dataset, load_data
 from rewriter.core.errors import DeviceError, ModelError, OptionError
-from rewriter.core.options import Options
+from rewriter.core.options import Options, Runtime
 from rewriter.core.progress import Progress
 from rewriter.core.site import Recognition, State
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.report.output import check_room
+from rewriter.runtimes.openvino import OpenVino
 from rewriter.runtimes.tvm.target import detect
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.selection import select_passes
@@ -36,8 +37,7 @@ _BUILD_MEMORY_BYTES = 16 * 2**30
 def open_session(model: Path, options: Options, progress: Progress, folder: Path) -> Iterator[Session]:
     """Load, check, recognise. Raises `UserError` for bad input; ends the workers afterwards."""
     notes: list[str] = []
-    if options.runtime != "tvm" and options.runtime not in ("onnxruntime", "auto"):
-        raise OptionError(f"unknown runtime {options.runtime!r}", "Choose tvm, onnxruntime or auto")
+    _check_runtime(options.runtime)
     target = detect(options.target, options.threads, away=options.rpc is not None)
     if options.rpc is not None:
         target = _lent(target, options)
@@ -67,6 +67,14 @@ def open_session(model: Path, options: Options, progress: Progress, folder: Path
             options, progress, graph, recognition, selection, target, workload, splits, cache, folder, builder, timer,
             traffic=traffic, notes=notes, siblings=siblings,
         )  # fmt: skip
+
+
+def _check_runtime(asked: str) -> None:
+    """Raises `OptionError` for a runtime that does not exist or of which nothing is installed."""
+    if asked not in get_args(Runtime):
+        raise OptionError(f"unknown runtime {asked!r}", f"Choose one of {', '.join(get_args(Runtime))}")
+    if asked == "openvino" and (refusal := OpenVino().available()) is not None:
+        raise OptionError(f"--runtime {asked} cannot be used: {refusal.why}", "Or leave it to --runtime auto")
 
 
 def _siblings(decoder: Decoder, recognition: Recognition, options: Options) -> tuple[Sibling, ...]:

@@ -19,6 +19,7 @@ from rewriter.search.decision import Outcome
 from rewriter.search.lengths import Served, build_artifact
 from rewriter.search.report import build_report
 from rewriter.search.session import Session
+from rewriter.search.shipped import ship
 
 logger = logging.getLogger("rewriter")
 
@@ -37,6 +38,7 @@ def publish(session: Session, outcome: Outcome, folder: Path, served: Served | N
     with session.progress.stage("write", f"writing {folder}"), writing(folder) as place:
         _write_model(session, outcome, place)
         _write_build(session, outcome, served, place)
+        ship(outcome, place)
         save_plan(place, session.graph, outcome.kept.plan, session.recognition.sites, outcome.kept.sites.values())
         _carry_files(session.graph, place)
         _write_reports(session, outcome, served, folder, place)

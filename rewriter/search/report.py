@@ -17,6 +17,7 @@ from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
 from rewriter.search.lengths import Served
 from rewriter.search.lengths_report import lengths_entry
+from rewriter.search.runtime_rows import kept_artifact, loading, runtime_rows
 from rewriter.search.session import Session
 from rewriter.search.variant import Variant
 
@@ -31,12 +32,13 @@ def build_report(session: Session, outcome: Outcome, served: Served | None = Non
         "model": _model(session),
         "target": session.target.key(),
         "shapes": {name: list(shape) for name, shape in session.workload.shapes.items()},
-        "baseline": _subject(session, outcome, outcome.original),
-        "best": _subject(session, outcome, outcome.kept) | _decision(outcome),
+        "baseline": _subject(session, outcome, outcome.original, outcome.finals.entry(ORIGINAL)),
+        "best": _subject(session, outcome, outcome.kept, outcome.entry) | _decision(outcome),
         "speedup": {
             artifact: {name: _interval(value) for name, value in rivals.items()}
             for artifact, rivals in speedups(outcome).items()
         },
+        "runtimes": runtime_rows(session, outcome),
         "lengths": None if served is None else lengths_entry(served),
         "metric": _metric(outcome),
         "task": _task(outcome),
@@ -67,12 +69,11 @@ def _interval(value: Interval | None) -> dict[str, float] | None:
     return None if value is None else value.as_dict()
 
 
-def _subject(session: Session, outcome: Outcome, variant: Variant) -> dict[str, Any]:
-    entry = outcome.finals.entry(variant.name)
-    runtime = "tvm" if entry == variant.name else "onnxruntime"
+def _subject(session: Session, outcome: Outcome, variant: Variant, entry: str | None) -> dict[str, Any]:
+    finals = outcome.finals
     return {
-        "latency_s": _interval(outcome.finals.latency(variant.name)),
-        "runtime": runtime if entry else "not measured",
+        "latency_s": _interval(None if entry is None else finals.result[entry].latency_s()),
+        "runtime": "not measured" if entry is None else finals.engine(entry),
         "parameters": parameters(variant),
         "flops": total(variant.sites.values(), *_batch_and_tokens(session)).flops,
     }
@@ -91,7 +92,12 @@ def parameters(variant: Variant) -> int:
 
 
 def _decision(outcome: Outcome) -> dict[str, Any]:
-    return {"kept_original": outcome.kept_original, "plan": [str(option) for option in outcome.kept.plan.options]}
+    return {
+        "kept_original": outcome.kept_original,
+        "plan": [str(option) for option in outcome.kept.plan.options],
+        "artifact": kept_artifact(outcome),
+        "load": loading(outcome),
+    }
 
 
 def _metric(outcome: Outcome) -> dict[str, Any] | None:

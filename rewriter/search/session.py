@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import psutil
 
@@ -35,9 +36,11 @@ TVM_METASCHEDULE = "rewriter.runtimes.tvm.runtime:TvmMetaScheduled"
 TVM_REMOTE = "rewriter.runtimes.tvm.remote:TvmRemote"
 ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
 ONNXRUNTIME_INT8 = "rewriter.runtimes.onnxruntime:OnnxRuntimeInt8"
+OPENVINO_INT8 = "rewriter.runtimes.openvino:OpenVinoInt8"
 
 _BUILD_LIMIT_S = 300.0
 _SEARCH_LIMIT_S = 3600.0
+_SAMPLES = 300
 
 
 @dataclass
@@ -87,12 +90,25 @@ class Session:
         saved = graph.save(self.folder / f"{name}.onnx")
         wanted = fitted_shapes(self.workload.shapes, graph.inputs) if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
-        arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled")
+        samples = self.samples() if runtime == OPENVINO_INT8 else None
+        arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled", samples)
         limit_s = _SEARCH_LIMIT_S if runtime == TVM_METASCHEDULE else _BUILD_LIMIT_S
         built = self.builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=limit_s)
         if isinstance(built, WorkerFailure):
             raise ModelError(f"building {name} with {runtime.rpartition(':')[2]} failed: {built}", "See optimize.log")
         return Path(built)
+
+    def samples(self) -> Path | None:
+        """Calibration samples as a file, for runtimes that look at some; None without data."""
+        if self.splits is None:
+            return None
+        path = self.folder / "samples.npz"
+        if not path.exists():
+            data = self.splits.calibrate
+            rows = np.random.default_rng(self.options.seed).permutation(len(data))[:_SAMPLES]
+            arrays: dict[str, Any] = {name: array[rows] for name, array in data.inputs.items()}
+            np.savez(path, **arrays)
+        return path
 
 
 def default_cache() -> Path:
