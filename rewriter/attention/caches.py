@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter.core.operand import Projection
 from rewriter.core.refusal import Refusal
@@ -60,8 +61,12 @@ def cached_width(sites: Sequence[Site]) -> int:
     )
 
 
-def cache_problem(lowered: OnnxGraph, site: AttentionSite) -> Refusal | None:
-    """Why the sizes of a site's cache must stay, judged on a graph in which the site was written anew; None if not."""
+def cache_problem(lowered: OnnxGraph, shaped: OnnxGraph, site: AttentionSite) -> Refusal | None:
+    """Why the sizes of a site's cache must stay, or None.
+
+    Judged on a graph in which the site was written anew, and on one from before shapes were rebuilt, where numbers
+    that only stand for the cache's sizes can still be told from others.
+    """
     for operand in (site.key, site.value):
         if operand.past and _input_of(lowered, operand.past) is None:
             why = "what is cached is computed from the model's inputs, such as cut from a longer cache or dequantised"
@@ -70,22 +75,24 @@ def cache_problem(lowered: OnnxGraph, site: AttentionSite) -> Refusal | None:
             why = "the cache is changed, such as cut or quantised, before it is given away, or not given away at all"
             return Refusal("cache-computed", why, (operand.present,))
         for name in (operand.past, operand.present):
-            reader = next(_other_readers(lowered, site, name), None) if name else None
-            if reader is not None:
-                return Refusal("cache-read-elsewhere", "something else reads the content of the cache", (reader,))
+            readers = [*_other_readers(lowered, site, name), *_size_readers(shaped, name)] if name else []
+            if readers:
+                why = "something else reads the content of the cache, or how large its heads are"
+                return Refusal("cache-read-elsewhere", why, (readers[0],))
     return None
 
 
 def with_cache_problems(graph: OnnxGraph, sites: Sequence[RaisedSite]) -> list[RaisedSite]:
     """The sites, those with a cache told why its sizes must stay, if there is a reason."""
-    from rewriter.attention.lower import lower
+    from rewriter.attention.lower import lower, put_in_place
 
     cached = [site for site in sites if isinstance(site, AttentionSite) and site.cached]
     ready = [site for site in cached if site.state is State.LOWERABLE]
     if not ready:
         return list(sites)
-    lowered = lower(graph, ready)
-    found = {site.id: problem for site in ready if (problem := cache_problem(lowered, site)) is not None}
+    lowered, shaped = lower(graph, ready), put_in_place(graph, ready)
+    RemoveUnusedNodesPass()(shaped.model)
+    found = {site.id: problem for site in ready if (problem := cache_problem(lowered, shaped, site)) is not None}
     return [replace(site, problems=(*site.problems, found[site.id])) if site.id in found else site for site in sites]
 
 
@@ -163,6 +170,14 @@ def _other_readers(graph: OnnxGraph, site: AttentionSite, name: str) -> Iterator
             yield str(node.name or node.outputs[0].name)
 
 
+def _size_readers(graph: OnnxGraph, name: str) -> Iterator[str]:
+    """Nodes that ask how many heads a cache has, or how large they are."""
+    for one in _chain(graph, graph.value(name)):
+        for node, _ in one.uses():
+            if node.op_type == "Shape" and not node.domain and not _only_lengths(node):
+                yield str(node.name or node.outputs[0].name)
+
+
 def _made(site: AttentionSite) -> tuple[str, ...]:
     return tuple(operand.present for operand in (site.key, site.value) if operand.present)
 
@@ -176,6 +191,8 @@ def _only_lengths(node: ir.Node) -> bool:
     axes = list(range(4))[start:end]
     if not {1, 3} & set(axes):
         return True
+    if node.outputs[0].is_graph_output():
+        return False
     return all(_picks_lengths(reader, axes) for reader, _ in node.outputs[0].uses())
 
 

@@ -32,6 +32,15 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
     are the sites' own, rounded to the graph's float dtype unless `exact` (only for checks in float64). Raises `Refused`
     for a site without an output projection, `ModelError` for a site of another graph.
     """
+    lowered = put_in_place(graph, sites, exact)
+    free_shapes(graph, lowered)
+    lowered.model.graph.sort()
+    RemoveUnusedNodesPass()(lowered.model)
+    return lowered
+
+
+def put_in_place(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxGraph:
+    """The first step of `lower`: regions whose shapes are still asked for stay beside the composites."""
     lowered = graph.clone()
     lowered.model.graph.opset_imports[COMPOSITE_DOMAIN] = COMPOSITE_VERSION
     paths, dtype = cache(partial(Paths, lowered)), None if exact else float_dtype(graph)
@@ -42,9 +51,6 @@ def lower(graph: OnnxGraph, sites: Iterable[Site], exact: bool = False) -> OnnxG
         install(lowered, builder, known)
         resize(lowered, site)
     lowered.model.graph.sort()
-    free_shapes(graph, lowered)
-    lowered.model.graph.sort()
-    RemoveUnusedNodesPass()(lowered.model)
     return lowered
 
 
