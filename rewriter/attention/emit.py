@@ -79,10 +79,22 @@ def _emit_attention(b: Builder, paths: Callable[[], Paths], site: AttentionSite)
         **attributes,
         **({"window": site.bias.window, "sinks": site.bias.sinks} if site.bias.window else {}),
         **({} if site.precision == "fp32" else {"precision": "bf16"}),
+        **({"causal": causal} if (causal := _causality(site)) else {}),
+        **({"forms": list(site.forms)} if site.forms else {}),
     )
     b.declare(f"{site.id}/features", None, None, site.heads * site.v_dim)
     write_output(b, site.output, f"{site.id}/features", site.precision)
     write(b, site.after)
+
+
+def _causality(site: AttentionSite) -> str:
+    """What kernels that hide later keys by themselves may rely on: that, and as many queries as keys."""
+    bias = site.bias
+    if site.cross or site.cached:
+        return ""
+    if bias.kind == "causal" and not bias.also_causal and not bias.padding and not bias.window:
+        return "only"
+    return "also" if site.causal and not bias.nothing else ""
 
 
 def _bias_kind(bias: ScoreBias) -> str:

@@ -74,6 +74,7 @@ class AttentionSite:
     `precision` rounds the operands of every projection; below fp32 those of scores and mixing are in bf16.
     `sink_H` is a logit that every row of the softmax holds beside its keys, with no value; None if there is none.
     `packing` says which projections are one product that is split: ``kv``, ``qkv`` or none.
+    `forms` are the ways of computing it that were chosen, one for each runtime that was asked (`core.forms`).
     `before` makes values that the description refers to and the graph does not hold, `after` further results of it.
     """
 
@@ -101,6 +102,7 @@ class AttentionSite:
     names: Mapping[str, str] = field(default_factory=dict)
     sink_H: Array | None = None
     packing: Literal["", "kv", "qkv"] = ""
+    forms: tuple[str, ...] = ()
     before: tuple[Step, ...] = ()
     after: tuple[Step, ...] = ()
 

@@ -34,7 +34,7 @@ SIGNATURES: dict[str, Signature] = {
     "Attention": Signature(
         (3, 6),
         ("heads", "scale", *(f"{role}_heads" for role in _ROLES), *(f"{role}_head_of" for role in _ROLES)),
-        ("softcap", "bias_kind", "empty_rows", "precision", "window", "sinks"),
+        ("softcap", "bias_kind", "empty_rows", "precision", "window", "sinks", "causal", "forms"),
     ),
     "Rotary": Signature((3, 3), ("size",), ("interleaved", "sign")),
     "HeadNorm": Signature((2, 3), ("kind", "epsilon")),
@@ -59,7 +59,9 @@ def composite(
       for each of the H that every row of the softmax holds beside its keys, with no value. `empty_rows` (nan, zero) is
       what rows without an allowed key give. `precision` is fp32, or bf16: Q, scale * K, V and the
       exponentials are rounded to it, sums are not. `window` and `sinks` repeat what the bias does, for kernels that
-      skip what it hides: keys `window` or more tokens away, but for the first `sinks`.
+      skip what it hides: keys `window` or more tokens away, but for the first `sinks`. `causal` says that there are as
+      many queries as keys, and repeats that every key after the query is hidden (also), and no other (only). `forms`
+      are those chosen to compute it (`rewriter.core.forms`).
     - ``Rotary(x_BGSD, cos, sin)``, `size`, `interleaved`, `sign`: leading dims ``u * cos + sign * rotate(u) * sin``.
     - ``HeadNorm(x, gain, bias?)``, `kind` (layer, rms), `epsilon`: over the last axis.
 

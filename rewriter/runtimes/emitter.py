@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from rewriter.runtimes.standard_packed import PackedProjection
 
 _LAST = np.iinfo(np.int64).max
 
@@ -29,23 +34,43 @@ class Names:
         return name
 
 
+@dataclass
+class Shared:
+    """What the composites of one model share once it is written out."""
+
+    constants: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
+    made: dict[Hashable, tuple[ir.Value, ...]] = field(default_factory=dict)
+    packed: dict[int, PackedProjection] = field(default_factory=dict)
+    replaced: dict[int, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+
+
 class Emitter:
     """Collects the nodes that replace `node`. `opset` is that of the graph, `dtype` that of the floats in play."""
 
-    def __init__(self, node: ir.Node, opset: int, names: Names, constants: dict[tuple[Any, ...], ir.Value]) -> None:
+    def __init__(self, node: ir.Node, opset: int, names: Names, shared: Shared) -> None:
         assert node.graph is not None
         self.node, self.opset = node, opset
         self.nodes: list[ir.Node] = []
-        self._graph, self._names, self._constants = node.graph, names, constants
+        self._graph, self._names = node.graph, names
+        self._constants, self._made, self._replaced = shared.constants, shared.made, shared.replaced
+        self.packed = shared.packed.get(id(node))
         self._prefix = node.outputs[0].name or node.name or node.op_type
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """One standard node with one output."""
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """One node with one output, of a standard operator unless a `domain` is named."""
         name = self._names.new(f"{self._prefix}/{kind}")
-        node = ir.Node("", kind, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1, name=name)
+        node = ir.Node(domain, kind, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1, name=name)
         node.outputs[0].name = name
         self.nodes.append(node)
         return node.outputs[0]
+
+    def once(self, key: Hashable, make: Callable[[], tuple[ir.Value, ...]]) -> tuple[ir.Value, ...]:
+        """What `make` emits, once per graph: composites are written in the order of the graph, so later ones may read
+        what an earlier one made, if it reads nothing that comes later."""
+        whole = (id(self._graph), key)
+        if whole not in self._made:
+            self._made[whole] = make()
+        return self._made[whole]
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """An initialiser; equal ones of one graph are the same value."""
@@ -82,15 +107,27 @@ class Emitter:
             return self.op(kind, x, self.ints(-1), keepdims=1)
         return self.op(kind, x, axes=[-1], keepdims=1)
 
-    def unsqueeze(self, x: ir.Value, axis: int) -> ir.Value:
-        """One more axis."""
-        return self.op("Unsqueeze", x, self.ints(axis)) if self.opset >= 13 else self.op("Unsqueeze", x, axes=[axis])
+    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        """More axes of one."""
+        return self._with_axes("Unsqueeze", x, axes)
+
+    def squeeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        """Without axes of one."""
+        return self._with_axes("Squeeze", x, axes)
+
+    def _with_axes(self, kind: str, x: ir.Value, axes: tuple[int, ...]) -> ir.Value:
+        return self.op(kind, x, self.ints(*axes)) if self.opset >= 13 else self.op(kind, x, axes=list(axes))
+
+    def current(self, value: ir.Value) -> ir.Value:
+        """What stands for a value that a composite made before it was written out."""
+        return self._replaced.get(id(value), (value, value))[1]
 
     def replace(self, result: ir.Value) -> None:
         """Put the nodes where the composite was; `result` takes over its output's name, type and readers."""
         old = self.node.outputs[0]
         result.name, result.type, result.shape = old.name, old.type, old.shape
         old.name = None
+        self._replaced[id(old)] = (old, result)
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         self._graph.insert_before(self.node, self.nodes)
         self._graph.remove(self.node, safe=True)

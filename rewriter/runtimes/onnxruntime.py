@@ -1,4 +1,4 @@
-"""ONNX Runtime on the processor: in fp32 with attention written out or as one node, and its one-line dynamic int8."""
+"""ONNX Runtime on the processor: in fp32, attentions in the forms chosen for them, and its one-line dynamic int8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from rewriter.core.refusal import Refusal
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.base import Feeds
-from rewriter.runtimes.standard import Form, to_standard
+from rewriter.runtimes.standard import AS_CHOSEN, to_standard
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,7 +28,6 @@ class OnnxRuntime:
     """ONNX Runtime in the precision of the graph, with all of its graph optimisations."""
 
     name: str = "onnxruntime"
-    form: ClassVar[Form] = "decomposed"
 
     def available(self) -> Refusal | None:
         """Whether the package is installed."""
@@ -37,20 +36,13 @@ class OnnxRuntime:
         return None
 
     def build(self, graph: OnnxGraph, shapes: Mapping[str, tuple[int, ...]], folder: Path, target: Target) -> Path:
-        """Write ``folder/model.onnx`` in standard operators, with dynamic shapes whatever `shapes` says."""
+        """Write ``folder/model.onnx``, attentions in their chosen forms, shapes dynamic whatever `shapes` says."""
         folder.mkdir(parents=True, exist_ok=True)
-        return to_standard(graph, self.form).save(folder / "model.onnx")
+        return to_standard(graph, AS_CHOSEN).save(folder / "model.onnx")
 
     def load(self, artifact: Path, threads: int) -> OnnxRuntimeExecutable:
         """A session; raises `UnsupportedOperator` or `ModelError` where ONNX Runtime refuses the model."""
         return OnnxRuntimeExecutable(_session(artifact, threads))
-
-
-class OnnxRuntimeAttention(OnnxRuntime):
-    """The same with the `Attention` operator of opset 23 wherever it means the same."""
-
-    name = "onnxruntime-attention"
-    form = "attention"
 
 
 class OnnxRuntimeInt8(OnnxRuntime):

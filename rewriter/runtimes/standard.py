@@ -8,43 +8,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from rewriter.core.errors import UnsupportedOperator
-from rewriter.graph.composites import COMPOSITE_DOMAIN
+from rewriter.core.forms import ATTENTION, ATTENTION_OPSET, DECOMPOSED, PACKED, picked
+from rewriter.graph.composites import COMPOSITE_DOMAIN, is_composite
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.emitter import Emitter, Names
+from rewriter.graph.opset import at_least
+from rewriter.runtimes.emitter import Emitter, Names, Shared
 from rewriter.runtimes.shapes import declare, dtype_of, sizes_of
-from rewriter.runtimes.standard_attention import attention, split_heads
+from rewriter.runtimes.standard_attention import attention
+from rewriter.runtimes.standard_operands import split_heads
+from rewriter.runtimes.standard_packed import find_packed
 from rewriter.runtimes.standard_precision import rounded_product
 
-Form = Literal["decomposed", "attention"]
+AS_CHOSEN = "as chosen"
+_MICROSOFT = "com.microsoft"
 
 
-def to_standard(graph: OnnxGraph, form: Form = "decomposed") -> OnnxGraph:
+def to_standard(graph: OnnxGraph, form: str = DECOMPOSED) -> OnnxGraph:
     """A copy of `graph` without composites. The input is not changed; names of inputs and outputs stay.
 
-    With `form` ``attention`` a site becomes one `Attention` node where the opset (23 and later) has it and its
-    meaning agrees; other sites are written out. Raises `UnsupportedOperator` for a composite that is not known.
+    With a `form` of `rewriter.core.forms` attentions become one operator where it means the same, others are written
+    out; `AS_CHOSEN` takes the form that each site says. ONNX `Attention` needs opset 23: a graph of a lower one is
+    written at that where a site says so, while a mere `form` leaves the opset. Raises `UnsupportedOperator` for a
+    composite that is not known, and for an operator that is another one in opset 23.
     """
+    graph = at_least(graph, ATTENTION_OPSET) if form == AS_CHOSEN and _says(graph, ATTENTION) else graph
     result = graph.clone()
-    names, constants = Names(result.model), {}  # type: tuple[Names, dict[tuple[Any, ...], ir.Value]]
+    names, shared = Names(result.model), Shared()
     for part in list(result.model.graphs()):
         composites = [node for node in part if node.domain == COMPOSITE_DOMAIN]
         for node in composites:
             # While the composites stand, it is plain how many axes each value has.
             declare(node.outputs[0])
+        shared.packed |= find_packed(composites) if form in (PACKED, AS_CHOSEN) else {}
         for node in composites:
-            emitter = Emitter(node, graph.opset, names, constants)
+            emitter = Emitter(node, graph.opset, names, shared)
             reads = [value for value in node.inputs if value is not None]
             emitter.replace(_expand(emitter, form))
             _drop_idle(part, reads)
         part.opset_imports.pop(COMPOSITE_DOMAIN, None)
     result.model.opset_imports.pop(COMPOSITE_DOMAIN, None)
+    if any(node.domain == _MICROSOFT for node in result.model.graph.all_nodes()):
+        result.model.opset_imports.setdefault(_MICROSOFT, 1)
+    if shared.packed:
+        RemoveUnusedNodesPass()(result.model)  # projections that became part of an operator
     return OnnxGraph(result.model, graph.path)
+
+
+def _says(graph: OnnxGraph, form: str) -> bool:
+    nodes = (node for node in graph.model.graph.all_nodes() if is_composite(node, "Attention"))
+    return any(_chosen(node) == form for node in nodes)
+
+
+def _chosen(node: ir.Node) -> str:
+    return picked(node.attributes.get_strings("forms", ()), "onnxruntime")
 
 
 def _drop_idle(part: ir.Graph, values: Iterable[ir.Value]) -> None:
@@ -56,10 +79,10 @@ def _drop_idle(part: ir.Graph, values: Iterable[ir.Value]) -> None:
             part.initializers.pop(name)
 
 
-def _expand(emitter: Emitter, form: Form) -> ir.Value:
+def _expand(emitter: Emitter, form: str) -> ir.Value:
     kind = emitter.node.op_type
     if kind == "Attention":
-        return attention(emitter, fused=form == "attention")
+        return attention(emitter, _chosen(emitter.node) if form == AS_CHOSEN else form)
     if kind not in _EXPANSIONS:
         raise UnsupportedOperator("the standard form", f"{COMPOSITE_DOMAIN}::{kind}", emitter.node.name or "")
     return _EXPANSIONS[kind](emitter)

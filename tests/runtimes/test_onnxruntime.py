@@ -17,7 +17,7 @@ from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph, load
 from rewriter.runtimes import jobs
 from rewriter.runtimes.base import Executable, Runtime, named, of_spec
-from rewriter.runtimes.onnxruntime import OnnxRuntime, OnnxRuntimeAttention, OnnxRuntimeInt8
+from rewriter.runtimes.onnxruntime import OnnxRuntime, OnnxRuntimeInt8
 from rewriter.runtimes.workers import Worker
 from tests.runtimes.composite_graphs import constant, graph_of, tensor_input
 
@@ -44,7 +44,7 @@ def built(runtime: Runtime, graph: OnnxGraph, folder: Path) -> Executable:
     return runtime.load(runtime.build(graph, {"x": (1, 4, 32)}, folder, TARGET), threads=1)
 
 
-@pytest.mark.parametrize("kind", [OnnxRuntime, OnnxRuntimeAttention, OnnxRuntimeInt8])
+@pytest.mark.parametrize("kind", [OnnxRuntime, OnnxRuntimeInt8])
 def test_it_is_a_runtime_and_available(kind: type[Runtime]) -> None:
     assert isinstance(kind(), Runtime)
     assert kind().available() is None

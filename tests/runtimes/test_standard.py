@@ -16,10 +16,12 @@ from rewriter.core.errors import UnsupportedOperator
 from rewriter.graph.composites import COMPOSITE_DOMAIN, composite
 from rewriter.graph.interpreter import Interpreter
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.standard import Form, to_standard
+from rewriter.runtimes.standard import to_standard
 from tests.runtimes.composite_graphs import Shape, constant, graph_of, single, tensor_input
 
 F32, F16 = np.float32, np.float16
+FORMS = ("decomposed", "attention", "multi_head_attention")
+ONE_NODE = {"attention": "Attention", "multi_head_attention": "MultiHeadAttention"}
 OPSETS = (11, 13, 17, 18, 20, 23, 24)
 ONE_HEAD_EACH = (0, 1, 2, 3)
 Made = dict[str, np.ndarray]
@@ -33,7 +35,11 @@ def operators(graph: OnnxGraph) -> list[str]:
     return [node.op_type for node in graph.topological()]
 
 
-def expand(graph: OnnxGraph, form: Form = "decomposed") -> tuple[OnnxGraph, onnxruntime.InferenceSession]:
+def is_one_node(graph: OnnxGraph, form: str) -> bool:
+    return ONE_NODE.get(form) in operators(graph)
+
+
+def expand(graph: OnnxGraph, form: str = "decomposed") -> tuple[OnnxGraph, onnxruntime.InferenceSession]:
     """The standard form with everything checked that needs no data, loaded without the optimiser."""
     before = graph.fingerprint()
     standard = to_standard(graph, form)
@@ -52,7 +58,7 @@ def expand(graph: OnnxGraph, form: Form = "decomposed") -> tuple[OnnxGraph, onnx
 
 
 def agree(
-    graph: OnnxGraph, *batches: Mapping[str, np.ndarray], form: Form = "decomposed", tolerance: float = 2e-5
+    graph: OnnxGraph, *batches: Mapping[str, np.ndarray], form: str = "decomposed", tolerance: float = 2e-5
 ) -> OnnxGraph:
     """Compare with float64 on every batch; the reference has to vary, NaN in the same places."""
     standard, session = expand(graph, form)
@@ -176,63 +182,71 @@ def masks(batch: int, keys: int, empty: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("form", ["decomposed", "attention"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (4, 4, 4), (4, 4, 3)])
-def test_attention(opset: int, form: Form, ranks: tuple[int, int, int]) -> None:
+def test_attention(opset: int, form: str, ranks: tuple[int, int, int]) -> None:
     graph = attention_graph(opset, ranks)
     standard = agree(graph, attention_feeds(graph, 2, 5, 5), attention_feeds(graph, 3, 1, 7), form=form)
-    assert ("Attention" in operators(standard)) == (form == "attention" and opset >= 23)
+    assert is_one_node(standard, form) == (form == "multi_head_attention" or (form == "attention" and opset >= 23))
 
 
 GROUPED = [
     pytest.param((4, 2, 2), (ONE_HEAD_EACH, (0, 0, 1, 1), (0, 0, 1, 1)), True, id="consecutive groups"),
-    pytest.param((4, 2, 2), (ONE_HEAD_EACH, (0, 1, 0, 1), (0, 1, 0, 1)), False, id="alternating groups"),
+    pytest.param((4, 2, 2), (ONE_HEAD_EACH, (0, 1, 0, 1), (0, 1, 0, 1)), None, id="alternating groups"),
     pytest.param((4, 1, 1), (ONE_HEAD_EACH, (0,) * 4, (0,) * 4), True, id="multi-query"),
-    pytest.param((4, 2, 4), (ONE_HEAD_EACH, (0, 0, 1, 1), ONE_HEAD_EACH), False, id="keys shared, values not"),
+    pytest.param((4, 2, 4), (ONE_HEAD_EACH, (0, 0, 1, 1), ONE_HEAD_EACH), None, id="keys shared, values not"),
     pytest.param((4, 4, 4), ((0, 2, 3),) * 3, False, id="one head cut"),
-    pytest.param((3, 2, 2), ((0, 1, 2), (0, 0, 1), (0, 0, 1)), False, id="uneven groups"),
+    pytest.param((3, 2, 2), ((0, 1, 2), (0, 0, 1), (0, 0, 1)), None, id="uneven groups"),
     pytest.param((1, 1, 3), ((0,) * 3, (0,) * 3, (0, 1, 2)), False, id="one query head"),
     pytest.param((1, 1, 1), ((0,) * 3, (0,) * 3, (0,) * 3), False, id="one head thrice"),
     pytest.param((1, 1, 1), ((0,),) * 3, True, id="a single head"),
 ]
 
 
-@pytest.mark.parametrize("form", ["decomposed", "attention"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (4, 4, 4)])
 @pytest.mark.parametrize(("heads", "head_of", "one_node"), GROUPED)
 def test_attention_heads(
-    heads: tuple[int, int, int], head_of: tuple[tuple[int, ...], ...], one_node: bool, ranks: Any, form: Form
+    heads: tuple[int, int, int], head_of: tuple[tuple[int, ...], ...], one_node: bool | None, ranks: Any, form: str
 ) -> None:
+    """`one_node`: whether the operator can say it; None if only the one can that wants no groups."""
     graph = attention_graph(23, ranks, heads, head_of)
     standard = agree(graph, attention_feeds(graph, 2, 5, 7), form=form)
-    assert ("Attention" in operators(standard)) == (one_node and form == "attention")
+    assert is_one_node(standard, form) == (form == "multi_head_attention" if one_node is None else one_node) * (
+        form != "decomposed"
+    )
 
 
 @pytest.mark.parametrize("opset", [11, 17, 23, 24])
-@pytest.mark.parametrize("form", ["decomposed", "attention"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("empty_rows", ["nan", "zero"])
 @pytest.mark.parametrize("kind", ["bool", "infinite", "finite"])
 @pytest.mark.parametrize("empty", [False, True])
-def test_hostile_masks(opset: int, form: Form, empty_rows: str, kind: str, empty: bool) -> None:
+def test_hostile_masks(opset: int, form: str, empty_rows: str, kind: str, empty: bool) -> None:
     dtype = np.bool_ if kind == "bool" else F32
     graph = attention_graph(opset, bias=(dtype, ("B", 1, 1, "T")), empty_rows=empty_rows)
     allowed = masks(4, 6, empty)
     far = -np.inf if kind == "infinite" else np.finfo(F32).min
     bias = allowed if kind == "bool" else np.where(allowed, 0, far).astype(F32)
     feeds = attention_feeds(graph, 4, 5, 6, bias=bias)
+    if form == "attention" and kind == "finite" and empty and opset >= 23:
+        # The definition says the mean of the values; ONNX Runtime 1.31 gives zeros, which the search has to notice.
+        standard = to_standard(graph, form)
+        wanted, found = (Interpreter(one, torch.float64).run(feeds)["y"] for one in (graph, standard))
+        torch.testing.assert_close(found, wanted)
+        return
     standard = agree(graph, feeds, form=form)
-    agrees = kind == "bool" and empty_rows == "zero"
-    assert ("Attention" in operators(standard)) == (form == "attention" and opset >= 23 and agrees)
+    assert is_one_node(standard, form) == (form == "multi_head_attention" or (form == "attention" and opset >= 23))
     if empty and kind != "finite":
         _, session = expand(graph, form)
         row = session.run(None, feeds)[0][3]
         assert np.isnan(row).all() if empty_rows == "nan" else (row == 0).all()
 
 
-@pytest.mark.parametrize("form", ["decomposed", "attention"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [("T",), ("S", "T"), (4, "S", "T"), (1, 4, "S", "T"), ("B", 1, "S", 1)])
 @pytest.mark.parametrize("dtype", [F32, np.bool_])
-def test_bias_shapes(form: Form, shape: Shape, dtype: Any) -> None:
+def test_bias_shapes(form: str, shape: Shape, dtype: Any) -> None:
     graph = attention_graph(23, bias=(dtype, shape), empty_rows="zero")
     for sizes in ((2, 5, 7), (2, 3, 4)):
         feeds = attention_feeds(graph, *sizes)
@@ -240,14 +254,14 @@ def test_bias_shapes(form: Form, shape: Shape, dtype: Any) -> None:
         agree(graph, feeds, form=form)
 
 
-@pytest.mark.parametrize("form", ["decomposed", "attention"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_soft_cap_comes_before_the_mask(form: Form, biased: bool) -> None:
+def test_soft_cap_comes_before_the_mask(form: str, biased: bool) -> None:
     bias: tuple[Any, Shape] | None = (np.bool_, ("B", 1, 1, "T")) if biased else None
     graph = attention_graph(23, bias=bias, softcap=0.5, scale=1.0, empty_rows="zero")
     more = {"bias": masks(3, 6, False)} if biased else {}
     standard = agree(graph, attention_feeds(graph, 3, 5, 6, **more), form=form)
-    assert ("Attention" in operators(standard)) == (form == "attention" and not biased)
+    assert is_one_node(standard, form) == (form == "attention" and not biased)
 
 
 @pytest.mark.parametrize("opset", [13, 23])
