@@ -124,9 +124,9 @@ def main() -> int:
     try:
         rows, peaks = measure(parsed.shapes.split(","), parsed.formats.split(","), parsed.threads)
     except UserError as error:
-        print(f"gemm_peak: {error}", file=sys.stderr)
+        sys.stderr.write(f"gemm_peak: {error}\n")
         return int(error.exit_code)
-    print(table(rows, peaks, parsed.threads))
+    sys.stdout.write(f"{table(rows, peaks, parsed.threads)}\n")
     return 0
 
 

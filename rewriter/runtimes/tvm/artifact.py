@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ CUBIN = "model.cubin"  # of GPU targets: the kernels as machine code; model.cu b
 
 def versions() -> dict[str, str]:
     """Versions that compiled code is tied to."""
-    return {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    return {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+
+
+# Reading a package's metadata takes a millisecond, and every kernel asks.
+_version = cache(version)
 
 
 def engine_key() -> dict[str, str]:
