@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -31,8 +32,6 @@ LLAMA, GPT2 = Shape(layers=1), Shape("gpt2", layers=1, kv_heads=4)
 
 
 def graph_of(proto: onnx.ModelProto) -> OnnxGraph:
-    from pathlib import Path
-
     return OnnxGraph(from_checked_proto(proto, Path("decoder.onnx")))
 
 
