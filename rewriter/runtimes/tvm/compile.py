@@ -19,6 +19,7 @@ from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes.standard import to_standard
 from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.artifact import CODE, CUBIN, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
+from rewriter.runtimes.tvm.caches import read_narrow
 from rewriter.runtimes.tvm.fusion import fuse
 from rewriter.runtimes.tvm.kernels.amx import required
 from rewriter.runtimes.tvm.lowering import Kernels, Lowering
@@ -60,6 +61,7 @@ def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Til
         if by_template:
             widen(program)
             fuse(program)
+            read_narrow(program, target.vector_floats)
         lowering = Lowering(program, target, kernels, parameters, chosen)
         arguments.append(lowering.lower(function_name(index), TABLE))
         programs.append(program)

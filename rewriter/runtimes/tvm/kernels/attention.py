@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,10 +76,15 @@ class Attention:
 
     @property
     def repeats(self) -> int:
-        """How many neighbouring query heads read the same keys and values, in all groups alike."""
-        pairs = list(zip(self.key_head_of, self.value_head_of, strict=True))
-        sizes = (size for size in range(self.heads, 0, -1) if self.heads % size == 0)
-        return next(s for s in sizes if all(pair == pairs[h - h % s] for h, pair in enumerate(pairs)))
+        """See `repeats_of`."""
+        return repeats_of(self.key_head_of, self.value_head_of)
+
+
+def repeats_of(key_head_of: Sequence[int], value_head_of: Sequence[int]) -> int:
+    """How many neighbouring query heads read the same keys and values, in all groups alike."""
+    pairs = list(zip(key_head_of, value_head_of, strict=True))
+    sizes = (size for size in range(len(pairs), 0, -1) if len(pairs) % size == 0)
+    return next(s for s in sizes if all(pair == pairs[h - h % s] for h, pair in enumerate(pairs)))
 
 
 @dataclass(frozen=True)

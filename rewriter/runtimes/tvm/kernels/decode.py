@@ -30,7 +30,12 @@ def serves(attention: Attention) -> bool:
 
 def can_compute(attention: Attention) -> bool:
     """Dims of whole vectors, in pairs of vectors where a cache holds bfloat16."""
-    return all(op.dim % (attention.lanes * _pack(op)) == 0 for op in (attention.key, attention.value))
+    return all(op.dim % step(op, attention.lanes) == 0 for op in (attention.key, attention.value))
+
+
+def step(operand: Operand, lanes: int) -> int:
+    """How many numbers of keys or values are read at once."""
+    return lanes * _pack(operand)
 
 
 def rows_of(attention: Attention) -> int:
@@ -187,12 +192,12 @@ class _Writer(FlashWriter):
         a, lanes, every = self.a, self.lanes, vec(0, self.lanes)
         for i in range(lanes):
             store(self.acc, emit.zero_for(lanes), i, every)
-        step = lanes * _pack(a.key)
-        with loop(a.key.dim // step) as part:
+        width = step(a.key, lanes)
+        with loop(a.key.dim // width) as part:
             for i in range(inside):
-                at = self.key_origin + (key + i) * a.key.token + part * step
+                at = self.key_origin + (key + i) * a.key.token + part * width
                 for n, numbers in enumerate(_widened(self.K, at, a.key, lanes)):
-                    query = self.Qp[row, vec(part * step + n * lanes, lanes)]
+                    query = self.Qp[row, vec(part * width + n * lanes, lanes)]
                     store(self.acc, self.acc[i, every] + query * numbers, i, every)
         vectors.sums_of_rows(self.acc, lanes)
 

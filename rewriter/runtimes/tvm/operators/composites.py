@@ -51,9 +51,11 @@ def _head_maps(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 
 def _operand(lowering: Lowering, node: Node, index: int, role: str) -> attention.Operand:
     name, heads = node.inputs[index], int(node.attributes[f"{role}_heads"])
+    shape, window = lowering.shape(name), node.attributes.get(f"{role}_window")
+    if window is None and role != "query" and lowering.dtype(name) == "bfloat16":
+        return attention.Operand.of(shape, heads, "bfloat16")  # see `caches.read_narrow`
     if not is_float32(lowering, name):
         raise lowering.unsupported(node, f"{role} of dtype {lowering.dtype(name)}")
-    shape, window = lowering.shape(name), node.attributes.get(f"{role}_window")
     if window is None:
         return attention.Operand.of(shape, heads)
     offset, width = integers(window)
