@@ -162,4 +162,5 @@ def test_permission_must_have_been_asked(amx: Path | None, library: Path) -> Non
     with amx_emulator.worker(amx, ask=False) as child:
         found = child.call(f"{JOBS}:instruction", library, "configured_by", config((16, 64)), permission=False)
         assert amx is None or (isinstance(found, WorkerFailure) and "permission was not asked" in found.output)
+    with amx_emulator.worker(amx) as child:
         call(child, library, "configured_by", config((16, 64)))

@@ -99,7 +99,7 @@ class _Bf16Writer(TileWriter):
         def finish_before(number: Index, step: Index) -> None:
             """Some rows of the block before; the first block writes rubbish, where its own rows come later."""
             share = -(-self.tile.rows // self.steps)
-            for i in range(share):
+            with loop(share) as i:
                 slot = step * share + i
                 with T.If(slot < self.tile.rows), T.Then():
                     finish(T.max(number - 1, 0), slot)
