@@ -22,6 +22,7 @@ from rewriter.runtimes.retry import call_twice
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.buckets import Curve, choose, expected_s, probes, serving
 from rewriter.search.decision import Outcome
+from rewriter.search.engines import ONE_SHAPE
 from rewriter.search.padding import Outputs, name_outputs, shapes_at
 from rewriter.search.session import Session
 from rewriter.search.traffic import Traffic
@@ -249,6 +250,8 @@ def _subjects(session: Session, outcome: Outcome, served: Served, paths: Sequenc
     for name, entrant in outcome.finals.subjects.items():
         label, _, ported = name.partition("@")
         of_other = ported and label != kept
+        if entrant.runtime in ONE_SHAPE:
+            continue  # every length of a request would cost it a build
         if entrant.runtime != session.engine and not of_other and name not in outcome.finals.result.failures:
             subjects.append(mix_subject(name, entrant.runtime, entrant.artifact, paths))
     return subjects
