@@ -32,6 +32,7 @@ def block_rows(rows: int) -> int:
 def make_gemm_amx(gemm: Gemm, tile: Tile, name: str = "gemm_amx") -> Any:
     """PrimFunc with the operands of the vector form of the same precision, rows of A and B in whole tiles of words."""
     assert gemm.matrix_unit and gemm.lanes == LANES and tile.vectors == VECTORS and tile.rows <= min(MOST_ROWS, gemm.M)
+    assert not tile.by_rows, "threads share panels, each with tiles of its own"
     writer = _WRITERS[gemm.precision](gemm, tile)
     return amx.requiring(emit.prim_func(name, writer.arguments(), 1, writer.body), gemm.precision)
 
