@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rewriter.core.target import Target
 from rewriter.runtimes.tvm.kernels import amx_gemm, emit
@@ -37,7 +37,8 @@ class Tiles:
         if vectors == tile.vectors:
             return tile
         rows = rows_for(vectors, self.target, spec.M)
-        return Tile(rows, vectors, unroll_for(spec, rows, vectors), _block(spec, rows, self.target), tile.ahead)
+        other = Tile(rows, vectors, unroll_for(spec, rows, vectors), _block(spec, rows, self.target), tile.ahead)
+        return shared(spec, other, self.target) if tile.by_rows else other
 
     def matmul(self, spec: MatMul) -> Tile:
         """The tile of a product of two computed matrices."""
@@ -71,7 +72,20 @@ def default_gemm(spec: Gemm, target: Target) -> Tile:
     most = rows_for(vectors, target, spec.M)
     rows = -(-spec.M // -(-spec.M // most))
     block = _block(spec, rows, target)
-    return Tile(rows, vectors, unroll_for(spec, rows, vectors), block, spec.M // rows >= 4)
+    return shared(spec, Tile(rows, vectors, unroll_for(spec, rows, vectors), block, spec.M // rows >= 4), target)
+
+
+def shared(spec: Gemm, tile: Tile, target: Target) -> Tile:
+    """The tile with a share of the rows for each thread, where there are rows enough for all.
+
+    Norms and roundings are shared by rows too, so a row stays in the cache of one core from kernel to kernel. Shares of
+    columns cost MiniLM 40 % on two threads (measured): each kernel then reads half of its rows from the other core.
+    """
+    share = -(-spec.M // (spec.threads * tile.rows)) * tile.rows
+    if spec.threads == 1 or share * (spec.threads - 1) >= spec.M:
+        return tile
+    block = _block(replace(spec, leading=(share,)), tile.rows, target) or share
+    return replace(tile, block=block, by_rows=True)
 
 
 def _matrix_gemm(spec: Gemm, target: Target) -> Tile:

@@ -7,7 +7,8 @@ import pytest
 from scipy.special import erf
 
 from rewriter.runtimes.tvm.kernels.gemm import Gemm, Tile, make_gemm, pack
-from tests.runtimes.tvm.harness import numbers, run_kernel
+from rewriter.runtimes.tvm.tiles import default_gemm
+from tests.runtimes.tvm.harness import numbers, run_kernel, target
 
 CASES = [
     (Gemm((1,), 1, 1), Tile(1, 1, 1)),
@@ -19,6 +20,8 @@ CASES = [
     (Gemm((5, 7), 37, 19, bias=True, activation="relu", lanes=8), Tile(6, 2, 4)),
     (Gemm((2, 3, 4), 21, 11, residual=True, lanes=4), Tile(4, 2, 1)),
     (Gemm((2, 20), 130, 24, bias=True, threads=2), Tile(8, 3, 4)),
+    (Gemm((2, 20), 130, 24, bias=True, threads=2), Tile(4, 3, 4, block=20, by_rows=True)),
+    (Gemm((3, 15), 50, 9, bias=True, residual=True, threads=2), Tile(8, 3, 4, block=24, by_rows=True)),
 ]
 
 
@@ -43,6 +46,13 @@ def test_matches_float64(gemm: Gemm, tile: Tile) -> None:
     ]
     (got,) = run_kernel(make_gemm(gemm, tile), inputs, (*gemm.leading, gemm.N))
     np.testing.assert_allclose(got, reference(gemm, a, b, bias, residual), rtol=2e-6, atol=2e-6 * gemm.K**0.5 * 4)
+
+
+@pytest.mark.parametrize(("rows", "block"), [(128, 64), (197, 104), (13, 7), (8, 0), (1, 0)])
+def test_threads_share_rows_where_there_are_enough(rows: int, block: int) -> None:
+    tile = default_gemm(Gemm((1, rows), 96, 32, threads=2), target(2))
+    assert (tile.block, tile.by_rows) == (block, block > 0)
+    assert not default_gemm(Gemm((1, rows), 96, 32), target()).by_rows
 
 
 def test_packing_pads_with_zeros_and_keeps_every_column() -> None:

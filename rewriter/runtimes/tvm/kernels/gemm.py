@@ -127,12 +127,26 @@ class TileWriter:
         self.residual: Buffer = emit.flat(rest.pop(0), (gemm.M, gemm.N)) if gemm.residual else None
         self.C = emit.flat(rest.pop(0), (gemm.M, gemm.N))
         blocks, left = emit.split(gemm.M, self.block)
+        if self.tile.by_rows and gemm.threads > 1:
+            self._shared(blocks, left)
+            return
         if blocks:
-            parted = self.tile.by_rows and gemm.threads > 1
-            with loop(blocks, parallel=parted) as block, T.sblock("rows"):
+            with loop(blocks) as block:
                 self.panels(block * self.block, self.block)
         if left:
             self.panels(blocks * self.block, left)
+
+    def _shared(self, blocks: int, left: int) -> None:
+        """The blocks of rows, and the smaller last one, over the threads."""
+        with loop(blocks + (left > 0), parallel=True) as block, T.sblock("rows"):
+            if not left:
+                self.panels(block * self.block, self.block)
+                return
+            with T.If(block < blocks):
+                with T.Then():
+                    self.panels(block * self.block, self.block)
+                with T.Else():
+                    self.panels(blocks * self.block, left)
 
     def bind(self, a: Buffer, b: Buffer, c: Buffer) -> None:
         """Use these buffers, A and C of rank 2 and B packed, with no epilogue."""
