@@ -1,6 +1,7 @@
 """``python -m rewriter.benchmark FOLDER``: one interleaved race of a model under every runtime, as a Markdown table.
 
 ``python -m rewriter.benchmark works`` races the exact graph at many sizes against everybody else's runtime.
+``python -m rewriter.benchmark caches`` times decoding one token from full caches of several sizes.
 
 FOLDER holds ``*.onnx`` with ``data.npz`` (as ``python -m models`` writes) and, where `optimize` was run,
 ``optimized/``. Not a test: it prints what it measured, with intervals and the machine's state.
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rewriter.benchmark import works_command
+from rewriter.benchmark import caches, works_command
 from rewriter.benchmark.race_table import Entrant, race_table
 from rewriter.core.errors import UserError
 from rewriter.core.options import parse_shape
@@ -24,6 +25,8 @@ def main() -> int:
     """Parse, race, print."""
     if sys.argv[1:2] == ["works"]:
         return _guarded(lambda: works_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["caches"]:
+        return _guarded(lambda: caches.main(sys.argv[2:]))
     return _guarded(_folder)
 
 
