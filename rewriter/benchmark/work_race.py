@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,21 @@ _BUILD_LIMIT_S = 300.0
 Record = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Built:
+    """Who can race, and why the others cannot."""
+
+    subjects: list[Subject]
+    refused: dict[str, str]
+
+
 class WorkRaces:
-    """Runs works and keeps their records in `results`; builds lie in `results`/scratch until a work is done."""
+    """Runs works and keeps their records in `results`; builds lie in `results`/scratch until a work is raced."""
 
     def __init__(self, models: Path, results: Path, budget_s: float, say: Callable[[str], None]) -> None:
         self.models, self.results, self.budget_s, self.say = models, results, budget_s, say
-        self.scratch = results / "scratch"
         self.code = code_fingerprint()
+        self.scratch = results / f"scratch-{self.code}"  # what other sources built is of no use
 
     def record(self, work: Work, threads: int) -> Record | None:
         """What an earlier run found, or None."""
@@ -44,34 +53,59 @@ class WorkRaces:
         if not missing:
             return
         folder = self.scratch / work.name
-        try:
-            material = prepare(work, self.models, folder)
-            for count in missing:
-                record = self._race(work, count, material, folder)
-                path = self._path(work, count)
-                path.with_suffix(".partial").write_text(json.dumps(record, indent=1) + "\n")
-                path.with_suffix(".partial").replace(path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        material = prepare(work, self.models, folder)
+        for count in missing:
+            record = self._race(work, count, self._build(work, count, material, folder))
+            path = self._path(work, count)
+            path.with_suffix(".partial").write_text(json.dumps(record, indent=1) + "\n")
+            path.with_suffix(".partial").replace(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def build(self, work: Work, threads: tuple[int, ...]) -> None:
+        """Only build what `run` will race."""
+        folder = self.scratch / work.name
+        material = prepare(work, self.models, folder)
+        for count in threads:
+            if self.record(work, count) is None:
+                self._build(work, count, material, folder)
 
     def _path(self, work: Work, threads: int) -> Path:
         return self.results / f"{work.name}@{threads}.json"
 
-    def _race(self, work: Work, threads: int, material: Material, folder: Path) -> Record:
-        self.say(f"{work.name}, {threads} thread(s)")
-        target = detect("cpu", threads)
-        refused: dict[str, str] = {}
-        subjects: list[Subject] = []
+    def _build(self, work: Work, threads: int, material: Material, folder: Path) -> Built:
+        """Every artifact that is not there yet."""
+        self.say(f"building {work.name}, {threads} thread(s)")
+        target, built = detect("cpu", threads), Built([], {})
         with Worker("builder", 1) as builder:
             for entrant in work.entrants:
-                built = self._built(builder, entrant, material, folder, target)
-                if isinstance(built, Path):
-                    subjects.append(Subject(entrant.name, entrant.runtime, built, material.feeds))
+                found = self._built(builder, entrant, material, folder, target)
+                if isinstance(found, Path):
+                    built.subjects.append(Subject(entrant.name, entrant.runtime, found, material.feeds))
                 else:
-                    refused[entrant.name] = built
-        rules = Rules(budget_s=self.budget_s, most_rounds=60, reopen_every=6)
-        result = race(subjects, threads=threads, rules=rules)
-        refused |= {name: str(failure) for name, failure in result.failures.items()}
+                    built.refused[entrant.name] = found
+        return built
+
+    def _built(self, builder: Worker, entrant: Entrant, material: Material, folder: Path, target: Target) -> Path | str:
+        """The artifact, or why there is none."""
+        refusal = of_spec(entrant.runtime).available()
+        if refusal is not None:
+            return str(refusal)
+        name = "-".join([entrant.name.replace(" ", "_"), *([str(target.threads)] if entrant.threaded else [])])
+        place, done = folder / name, folder / f"{name}.done"
+        if done.exists():
+            return Path(done.read_text())
+        shutil.rmtree(place, ignore_errors=True)
+        model = material.original if entrant.graph == "original" else material.exact[entrant.graph]
+        arguments = (entrant.runtime, model, material.shapes, place, target, self.results / "cache", material.samples)
+        built = builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=_BUILD_LIMIT_S)
+        if isinstance(built, WorkerFailure):
+            return str(built)
+        done.write_text(str(built))
+        return Path(built)
+
+    def _race(self, work: Work, threads: int, built: Built) -> Record:
+        self.say(f"racing {work.name}, {threads} thread(s)")
+        result = race(built.subjects, threads=threads, rules=Rules(budget_s=self.budget_s, most_rounds=60))
         first = work.entrants[0].name
         return {
             "work": work.name,
@@ -80,22 +114,9 @@ class WorkRaces:
             "latency_s": {name: measured.latency_s().as_dict() for name, measured in result.items()},
             "ratios": _ratios(result, first),
             "rounds": len(result[first].blocks_s) if first in result else 0,
-            "refused": refused,
+            "refused": built.refused | {name: str(failure) for name, failure in result.failures.items()},
             "environment": dict(next(iter(result.values())).environment) if result else {},
         }
-
-    def _built(self, builder: Worker, entrant: Entrant, material: Material, folder: Path, target: Target) -> Path | str:
-        """The artifact, or why there is none."""
-        refusal = of_spec(entrant.runtime).available()
-        if refusal is not None:
-            return str(refusal)
-        place = folder / "-".join(
-            [entrant.name.replace(" ", "_"), *([str(target.threads)] if entrant.threaded else [])]
-        )
-        model = material.original if entrant.graph == "original" else material.exact[entrant.graph]
-        arguments = (entrant.runtime, model, material.shapes, place, target, self.results / "cache", material.samples)
-        built = builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=_BUILD_LIMIT_S)
-        return str(built) if isinstance(built, WorkerFailure) else Path(built)
 
 
 def _ratios(result: Mapping[str, Any], first: str) -> Record:

@@ -17,16 +17,7 @@ from rewriter.core.errors import OptionError
 
 def main(arguments: list[str]) -> int:
     """Race what was asked for and print the table of all records there are. Raises `UserError`."""
-    parser = argparse.ArgumentParser(prog="python -m rewriter.benchmark works", description=__doc__)
-    parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only works whose name begins so")
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, by commas (default 1,2)")
-    parser.add_argument("--models", type=Path, default=Path("build"), help="folder with minilm/, decoder/, vit/")
-    parser.add_argument("--results", type=Path, default=Path("build/bench"), help="where records are kept")
-    parser.add_argument("--budget", type=float, default=12.0, help="seconds of racing per work and number of threads")
-    parser.add_argument("--again", action="store_true", help="race works that have a record already")
-    parser.add_argument("--list", action="store_true", help="only name the works")
-    parser.add_argument("--table", action="store_true", help="only draw the table of the records there are")
-    parsed = parser.parse_args(arguments)
+    parsed = _parsed(arguments)
     works = [work for work in WORKS if not parsed.work or work.name.startswith(tuple(parsed.work))]
     if not works:
         raise OptionError(f"no work is called {parsed.work[0]!r}", "--list names them")
@@ -37,10 +28,27 @@ def main(arguments: list[str]) -> int:
     parsed.results.mkdir(parents=True, exist_ok=True)
     races = WorkRaces(parsed.models, parsed.results, parsed.budget, _say)
     for work in [] if parsed.table else works:
-        races.run(work, threads, parsed.again)
+        if parsed.build:
+            races.build(work, threads)
+        else:
+            races.run(work, threads, parsed.again)
     found = [(work, record) for work in works for count in threads if (record := races.record(work, count))]
     sys.stdout.write(table(found, races.code) + "\n")
     return 0
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m rewriter.benchmark works", description=__doc__)
+    parser.add_argument("--work", action="append", default=[], metavar="NAME", help="only works whose name begins so")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, by commas (default 1,2)")
+    parser.add_argument("--models", type=Path, default=Path("build"), help="folder with minilm/, decoder/, vit/")
+    parser.add_argument("--results", type=Path, default=Path("build/bench"), help="where records are kept")
+    parser.add_argument("--budget", type=float, default=12.0, help="seconds of racing per work and number of threads")
+    parser.add_argument("--again", action="store_true", help="race works that have a record already")
+    parser.add_argument("--build", action="store_true", help="only build what would be raced")
+    parser.add_argument("--list", action="store_true", help="only name the works")
+    parser.add_argument("--table", action="store_true", help="only draw the table of the records there are")
+    return parser.parse_args(arguments)
 
 
 def _threads(text: str) -> tuple[int, ...]:
