@@ -52,6 +52,10 @@ class DeviceError(UserError):
     """A device that is not here cannot be had, or vanished and did not come back."""
 
 
+class CrashError(UserError):
+    """What was built ends, every time, the process that runs it."""
+
+
 class OutputError(UserError):
     """The result cannot be written: folder in use by something else, no room on disk."""
 

@@ -7,17 +7,17 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from rewriter.core.errors import UserError
+from rewriter.core.errors import CrashError, DeviceError, UserError
 from rewriter.measurement.memory import own_peak_bytes
 from rewriter.runtimes.base import Clocked, Executable, of_spec, stopwatch
 from rewriter.runtimes.worker_main import discard, fetch, store
-from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.runtimes.workers import FailureKind, Worker, WorkerFailure
 
 _HERE = "rewriter.measurement.bench"
 _CALLS, _EXECUTABLE = f"{_HERE}:calls:", f"{_HERE}:executable:"
@@ -42,12 +42,14 @@ class Subject:
 class Block:
     """Seconds of single runs, and during how many of them the system gave the core to somebody else.
 
-    `reconnections`: how often a device elsewhere vanished and a run was repeated.
+    `reconnections`: how often a device elsewhere vanished and a run was repeated; `restarts`: how often the process had
+    ended since the block before and was started anew.
     """
 
     runs_s: tuple[float, ...]
     preempted: int = 0
     reconnections: int = 0
+    restarts: int = 0
 
 
 class Bench(Protocol):
@@ -78,18 +80,25 @@ class WorkerBench:
     ) -> None:
         self._subject, self._timeout_s, self._shared = subject, timeout_s, shared
         self._worker = shared or Worker(subject.name, threads, cores=cores)
+        self._opened = 0
 
     def open(self) -> WorkerFailure | None:
         """Load the artifact in the worker."""
         s = self._subject
         arguments = (s.name, s.runtime, s.artifact, s.feeds, self._worker.threads, s.whole)
         result: WorkerFailure | None = self._call("open_subject", *arguments)
+        self._opened = self._worker.starts
         return result
 
     def block(self, runs: int, warm_up: int) -> Block | WorkerFailure:
         """Time a block in the worker, by its own clock."""
+        # Another subject may have ended a shared process, or somebody this one, since it was last asked.
+        lost = self._worker.pid is None or self._worker.starts != self._opened
+        failure = self.open() if lost else None
+        if failure is not None:
+            return failure
         result: Block | WorkerFailure = self._call("run_block", self._subject.name, runs, warm_up)
-        return result
+        return replace(result, restarts=1) if lost and isinstance(result, Block) else result
 
     def peak_bytes(self) -> int | None:
         """As the worker's process reports it."""
@@ -108,7 +117,8 @@ class WorkerBench:
         try:
             return self._worker.call(f"{_HERE}:{function}", *arguments, timeout_s=self._timeout_s)
         except UserError as error:
-            return WorkerFailure("error", str(error))
+            kinds: dict[type[UserError], FailureKind] = {DeviceError: "device", CrashError: "crash"}
+            return WorkerFailure(kinds.get(type(error), "error"), str(error))
 
 
 def save_feeds(batches: Sequence[Mapping[str, Any]], folder: Path) -> tuple[Path, ...]:

@@ -17,9 +17,10 @@ import numpy as np
 from rewriter.core.measurement import ENOUGH_BLOCKS, Interval, Measurement, speedup
 from rewriter.measurement import environment
 from rewriter.measurement.bench import Bench, Block, Subject, WorkerBench
+from rewriter.runtimes.retry import ended_from_outside
 from rewriter.runtimes.workers import WorkerFailure
 
-Stopped = Literal["narrow", "rounds", "budget", "nothing left"]
+Stopped = Literal["narrow", "rounds", "budget", "nothing left", "device lost"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class RaceResult(Mapping[str, Measurement]):
-    """Measurements by subject. A subject that failed is in `failures` instead, so it cannot win anything."""
+    """Measurements by subject. A subject that failed is in `failures` instead, so it cannot win anything.
+
+    Where the device was lost for good, what was measured until then stays, and `retries` says so; it also has a
+    sentence for everything that was tried again because a process or the device was lost on the way.
+    """
 
     measurements: dict[str, Measurement]
     failures: dict[str, WorkerFailure]
     stopped: Stopped
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    retries: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Measurement:
         return self.measurements[name]
@@ -110,7 +116,7 @@ def race(
         for name, blocks in contest.blocks.items()
         if blocks
     }
-    return RaceResult(measurements, contest.failures, stopped, peaks)
+    return RaceResult(measurements, contest.failures, stopped, peaks, tuple(contest.retries))
 
 
 def compare(measurements: Mapping[str, Measurement], baseline: str, confidence: float = 0.95) -> dict[str, Interval]:
@@ -118,6 +124,11 @@ def compare(measurements: Mapping[str, Measurement], baseline: str, confidence: 
     reference = measurements[baseline]
     others = {name: measured for name, measured in measurements.items() if name != baseline}
     return {name: speedup(reference, measured, confidence) for name, measured in others.items()}
+
+
+def _nobodys_fault(failure: WorkerFailure) -> bool:
+    """Whether something outside of the subject stopped it: whoever killed its process, or a device that went away."""
+    return failure.kind == "device" or ended_from_outside(failure)
 
 
 def _disturbance(blocks: Sequence[Block]) -> dict[str, str]:
@@ -137,6 +148,8 @@ class _Contest:
         self.failures: dict[str, WorkerFailure] = {}
         self.runs: dict[str, int] = {}
         self.starts: list[int] = []
+        self.retries: list[str] = []
+        self.lost: WorkerFailure | None = None
         self._random = random.Random(rules.seed)
 
     @property
@@ -146,10 +159,12 @@ class _Contest:
     def open(self) -> None:
         """Load everybody still in, one after the other in any order, and find how many runs fill a block."""
         for name in self._shuffled():
-            bench = self.benches[name]
-            bench.close()
-            failure = bench.open()
-            first = failure if failure is not None else bench.block(3, self.rules.warm_up_runs)
+            self.benches[name].close()
+            first = self._started(name)
+            if isinstance(first, WorkerFailure) and _nobodys_fault(first):
+                first = self._again(name, first, self._started)
+            if self.lost is not None:
+                return
             if isinstance(first, WorkerFailure):
                 self._drop(name, first)
                 continue
@@ -164,8 +179,11 @@ class _Contest:
             if every and number > 1 and number % every == 1 % every:
                 self.open()
                 self._warm_up()
-            self.starts.append((number - 1) // every if every else 0)
-            self._round(keep=True)
+            if self.lost is None:
+                self._round(number)
+            if self.lost is not None:
+                self.failures |= {name: self.lost for name in self.running if not self.blocks[name]}
+                return "device lost"
             if not self.running:
                 return "nothing left"
             elapsed_s, widest = clock() - begun_s, self._widest()
@@ -192,20 +210,58 @@ class _Contest:
 
     def _warm_up(self) -> None:
         for _ in range(self.rules.warm_rounds):
-            self._round(keep=False)
+            if self.lost is None:
+                self._round()
 
-    def _round(self, keep: bool) -> None:
-        """One block of everybody, in an order of its own: neighbours would otherwise always meet the same caches."""
+    def _round(self, number: int = 0) -> None:
+        """One block of everybody, in an order of its own: neighbours would otherwise always meet the same caches.
+
+        Rounds with a number count once everybody has their block: half a round pairs with nothing.
+        """
+        taken: dict[str, Block] = {}
         for name in self._shuffled():
-            block = self.benches[name].block(self.runs[name], self.rules.warm_up_runs)
+            block = self._block(name)
+            if isinstance(block, Block) and block.restarts:
+                self.retries.append(f"{name}: its process had ended between two blocks and was started again")
+            if isinstance(block, WorkerFailure) and _nobodys_fault(block):
+                block = self._again(name, block, self._block)
+            if self.lost is not None:
+                return
             if isinstance(block, WorkerFailure):
                 self._drop(name, block)
-            elif keep:
+            else:
+                taken[name] = block
+        if number:
+            every = self.rules.reopen_every
+            self.starts.append((number - 1) // every if every else 0)
+            for name, block in taken.items():
                 self.blocks[name].append(block)
+
+    def _started(self, name: str) -> Block | WorkerFailure:
+        """The first few runs in a new process."""
+        failure = self.benches[name].open()
+        return failure if failure is not None else self.benches[name].block(3, self.rules.warm_up_runs)
+
+    def _block(self, name: str) -> Block | WorkerFailure:
+        return self.benches[name].block(self.runs[name], self.rules.warm_up_runs)
+
+    def _again(
+        self, name: str, failure: WorkerFailure, action: Callable[[str], Block | WorkerFailure]
+    ) -> Block | WorkerFailure:
+        """Once more what somebody else stopped. A device that is gone then ends the race with what it has."""
+        found = action(name)
+        done = "and succeeded" if isinstance(found, Block) else f"and failed again ({found})"
+        self.retries.append(f"{name}: {failure}; tried once more {done}")
+        if isinstance(found, WorkerFailure) and found.kind == "device":
+            self.lost = found
+            rounds = len(self.starts)
+            self.retries.append(f"the race ended early, while {name} was run; {rounds} rounds before that were kept")
+        return found
 
     def _drop(self, name: str, failure: WorkerFailure) -> None:
         self.failures[name] = failure
-        self.blocks[name] = []
+        if self.lost is None:
+            self.blocks[name] = []
         self.benches[name].close()
 
     def _widest(self) -> float:

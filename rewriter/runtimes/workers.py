@@ -53,7 +53,7 @@ def pinnable(threads: int) -> tuple[int, ...]:
     return tuple(allowed[-threads:]) if 0 < threads <= len(allowed) else ()
 
 
-FailureKind = Literal["crash", "timeout", "memory", "error"]
+FailureKind = Literal["crash", "timeout", "memory", "error", "device"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class WorkerFailure:
     """Why a call in a worker gave no value. `detail` is one line; `output` the end of what the child wrote.
 
     ``crash``: the process ended; ``timeout``: it was ended at the time limit; ``memory``: at the memory limit;
-    ``error``: the function raised. After a timeout `output` ends with where each thread was. `exit_code` is negative
+    ``error``: the function raised; ``device``: what it runs on elsewhere was lost. After a timeout `output` ends with where each thread was. `exit_code` is negative
     for a signal and None while the process lives on.
     """
 

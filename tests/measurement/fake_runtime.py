@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from rewriter.runtimes.base import Feeds
 
 class FakeRuntime:
     """``add`` works and writes down the feeds it meets, ``die`` ends its process when it runs.
+
+    ``falter`` is killed once, as if by the system, in its fifth run; ``doomed`` every time.
 
     ``slow`` takes 2 ms per token and writes down the shapes it runs on.
     """
@@ -36,7 +39,7 @@ class FakeRuntime:
 
 class FakeExecutable:
     def __init__(self, what: str, seen: Path) -> None:
-        self.what, self.seen = what, seen
+        self.what, self.seen, self.runs = what, seen, 0
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         x = np.asarray(feeds["x"])
@@ -50,6 +53,11 @@ class FakeExecutable:
         def call() -> None:
             if self.what == "die":
                 os._exit(9)
+            self.runs += 1
+            first = not self.seen.with_suffix(".faltered").exists()
+            if self.what == "doomed" or (self.what == "falter" and self.runs == 5 and first):
+                self.seen.with_suffix(".faltered").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             with self.seen.open("a") as file:
                 file.write(f"{int(feeds['x'][0])} ")
 

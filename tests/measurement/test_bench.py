@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,34 @@ def test_a_real_race_with_one_that_dies(tmp_path: Path) -> None:
     assert len(result["new"].blocks_s) == 6
     assert result["new"].environment["threads"] == "1"
     assert set(result.peak_bytes) == {"base", "new"} and min(result.peak_bytes.values()) > 1 << 20
+
+
+def test_a_process_that_somebody_kills_is_started_again_and_loses_nothing(tmp_path: Path) -> None:
+    subjects = [
+        subject("base", "add", tmp_path),
+        subject("hit", "falter", tmp_path),
+        subject("oom", "doomed", tmp_path),
+    ]
+    result = race(subjects, rules=Rules(least_rounds=6, most_rounds=6, block_s=0.001, most_runs=2, reopen_every=0))
+    assert set(result) == {"base", "hit"} and len(result["hit"].blocks_s) == 6
+    assert (result.failures["oom"].kind, result.failures["oom"].exit_code) == ("crash", -9)
+    told = "\n".join(result.retries)
+    assert "hit: crash: hit ended during a call by SIGKILL" in told and "tried once more and succeeded" in told
+    assert "oom: crash" in told and "tried once more and failed again" in told
+
+
+def test_a_process_killed_between_two_blocks(tmp_path: Path) -> None:
+    bench = WorkerBench(subject("one", "add", tmp_path), threads=1, cores=(), timeout_s=60.0)
+    try:
+        assert bench.open() is None
+        assert bench._worker.pid is not None
+        os.kill(bench._worker.pid, signal.SIGKILL)
+        while bench._worker.pid is not None:
+            time.sleep(0.01)
+        block = bench.block(2, 0)
+    finally:
+        bench.close()
+    assert not isinstance(block, WorkerFailure) and len(block.runs_s) == 2 and block.restarts == 1
 
 
 def test_an_artifact_that_is_not_there(tmp_path: Path) -> None:

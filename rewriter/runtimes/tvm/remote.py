@@ -21,7 +21,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax, rpc
 
-from rewriter.core.errors import DeviceError
+from rewriter.core.errors import CrashError, DeviceError
 from rewriter.core.options import parse_address
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
@@ -80,11 +80,17 @@ class Device:
                 # TVM itself would knock for a minute where nobody listens.
                 socket.create_connection(host_port, _KNOCK_S).close()
                 tracker = rpc.connect_tracker(*host_port)
-                free = _servers(tracker.summary(), self.key)
+                known, free = _servers(tracker.summary(), self.key)
+                # The tracker makes whoever asks for a device that is not free wait without end.
                 if free:
                     left_s = max(1.0, end_s - time.monotonic())
                     return tracker.request(self.key, priority=1, session_timeout=0, max_retry=int(left_s))
-                problem = f"the tracker at {self.address} knows no device {self.key!r}"
+                state = (
+                    f"has no free device {self.key!r}: it is in use, or its server has died"
+                    if known
+                    else (f"knows no device {self.key!r}")
+                )
+                problem = f"the tracker at {self.address} {state}"
             except (RuntimeError, OSError, ValueError, tvm.error.InternalError) as error:
                 problem = f"no device {self.key!r} from the tracker at {self.address}: {_first_line(error)}"
             if time.monotonic() >= end_s:
@@ -93,8 +99,10 @@ class Device:
             time.sleep(_PAUSE_S)
 
 
-def _servers(summary: Mapping[str, Any], key: str) -> list[Any]:
-    return [server for server in summary.get("server_info", ()) if server.get("key") == f"server:{key}"]
+def _servers(summary: Mapping[str, Any], key: str) -> tuple[bool, bool]:
+    """Whether the tracker knows servers of this key, and whether one of them is free."""
+    known = any(server.get("key") == f"server:{key}" for server in summary.get("server_info", ()))
+    return known, known and summary.get("queue_info", {}).get(key, {}).get("free", 0) > 0
 
 
 class Connection:
@@ -102,13 +110,19 @@ class Connection:
 
     def __init__(self, device: Device) -> None:
         self.device, self.generation = device, 0
-        self.session = device.request()
+        self._session = device.request()
 
-    def renew(self) -> None:
-        """Ask for the device again after it was lost."""
-        self.session = None
-        self.session = self.device.request(RETURN_S)
-        self.generation += 1
+    @property
+    def session(self) -> Any:
+        """The session in use; after a loss the device is asked for again, and `DeviceError` raised if it stays away."""
+        if self._session is None:
+            self._session = self.device.request(RETURN_S)
+            self.generation += 1
+        return self._session
+
+    def lose(self) -> None:
+        """Give up the present session, which broke."""
+        self._session = None
 
 
 _connections: WeakValueDictionary[str, Connection] = WeakValueDictionary()
@@ -141,9 +155,9 @@ class RemoteExecutable(TvmExecutable):
 
     def _send(self) -> None:
         """Make sure that the device of the present session has code and weights."""
-        if self._generation == self._connection.generation:
-            return
         session, generation = self._connection.session, self._connection.generation
+        if self._generation == generation:
+            return
         # Never the name of a file that the server has loaded: overwriting mapped code ends the server.
         name = f"model-{os.getpid()}-{next(_uploads)}.so"
         session.upload(str(self.folder / CODE), name)
@@ -205,7 +219,10 @@ class RemoteExecutable(TvmExecutable):
         self._machine.set_input(bucket["function"], *inputs, *self._parameters(bucket))
 
     def _persistently(self, action: Callable[[], _Value]) -> _Value:
-        """The result of an action on the device, repeated on a new session when the old one broke."""
+        """The result of an action on the device, repeated on a new session when the old one broke.
+
+        Raises `DeviceError` when the device does not come back, `CrashError` when it does and the run fails each time.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._send()
@@ -213,11 +230,11 @@ class RemoteExecutable(TvmExecutable):
             except (RuntimeError, OSError, tvm.error.InternalError) as error:
                 problem = _first_line(error)
                 _logger.info("device %s: attempt %d failed: %s", self._connection.device.key, attempt, problem)
-            if attempt < ATTEMPTS:
-                self._connection.renew()
+                self._connection.lose()
                 self.reconnections += 1
         hint = "Check that it has the target's instruction set and enough memory; finished measurements are kept"
-        raise DeviceError(f"device {self._connection.device.key!r} failed {ATTEMPTS} times in one run: {problem}", hint)
+        key, name = self._connection.device.key, self.folder
+        raise CrashError(f"{name} failed {ATTEMPTS} times in a row on device {key!r}: {problem}", hint)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,28 @@ class Devices:
             os.killpg(self.server.pid, signal.SIGKILL)
             self.server.wait()
             self.server = None
+
+    @contextmanager
+    def kept_up(self) -> Iterator[None]:
+        """While this lasts, a server that cannot serve any more is started again, as a supervisor on a board does.
+
+        The process lives on when what it runs crashes; the thread that listens has ended.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.1):
+                if "exited unsuccessfully" in (self.logs / f"rpc_server-{self.started}.log").read_text():
+                    self.lose()
+                    self.serve()
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def close(self) -> None:
         self.lose()
