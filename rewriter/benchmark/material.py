@@ -53,13 +53,13 @@ def prepare(work: Work, models: Path, folder: Path) -> Material:
 def _exact(graph: OnnxGraph, work: Work, folder: Path) -> dict[str, Path]:
     """The graph with every block as composites, in each number format that some entrant computes in."""
     wanted: list[Precision] = [entrant.graph for entrant in work.entrants if entrant.graph != "original"]
-    paths: dict[str, Path] = {precision: folder / f"{precision}.onnx" for precision in wanted}
+    paths = {precision: folder / f"{precision}.onnx" for precision in wanted}
     if all(path.exists() for path in paths.values()):
-        return paths
+        return dict(paths)
     sites = [site for site in recognise(graph).sites if site.state is State.LOWERABLE]
-    for precision, path in zip(wanted, paths.values(), strict=True):
+    for precision, path in paths.items():
         lower(graph, [replace(site, precision=precision) for site in sites]).save(path)
-    return paths
+    return dict(paths)
 
 
 def _batches(graph: OnnxGraph, data: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Feeds]:

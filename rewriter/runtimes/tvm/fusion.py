@@ -16,6 +16,7 @@ from rewriter.runtimes.tvm.patches import patches_as_linear
 from rewriter.runtimes.tvm.program import Node, Program, Value
 
 LINEAR, NORM, ATTENTION, SPLIT = "rewriter:Linear", "rewriter:Norm", "rewriter:Attention", "rewriter:SplitHeads"
+ROTARY = "rewriter:Rotary"
 _ACTIVATIONS = {"Gelu": "gelu", "Relu": "relu", "Tanh": "tanh", "QuickGelu": "quick_gelu"}
 
 
@@ -33,6 +34,7 @@ def fuse(program: Program) -> None:
     _each(program, _as_norm)
     _each(program, _sum_then_norm)
     _each(program, _split_heads)
+    _each(program, _turned_heads)
     pack_projections(program)
     program.prune()
 
@@ -209,6 +211,15 @@ def _split_heads(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | Non
         if source is not None and source.key == SPLIT:
             inputs[index] = source.inputs[0]
     return None if inputs == list(node.inputs) else (replace(node, inputs=tuple(inputs)), ())
+
+
+def _turned_heads(view: _View, node: Node) -> tuple[Node, tuple[Node, ...]] | None:
+    """Rotation reads heads where projections left them."""
+    source = view.producers.get(node.inputs[0]) if node.key == ROTARY else None
+    if source is None or source.key != SPLIT:
+        return None
+    inputs = (source.inputs[0], *node.inputs[1:])
+    return replace(node, inputs=inputs, attributes={**node.attributes, "flat": 1}), ()
 
 
 def pack_projections(program: Program) -> None:

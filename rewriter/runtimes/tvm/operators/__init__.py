@@ -14,6 +14,7 @@ from rewriter.runtimes.tvm.operators import (
     reductions,
     resizing,
     rotary,
+    rotary_composite,
     standard_attention,
 )
 from rewriter.runtimes.tvm.operators.registry import TABLE
@@ -31,5 +32,6 @@ __all__ = [
     "reductions",
     "resizing",
     "rotary",
+    "rotary_composite",
     "standard_attention",
 ]

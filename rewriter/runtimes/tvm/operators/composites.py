@@ -105,32 +105,3 @@ def _split_heads(lowering: Lowering, node: Node) -> Any:
 def _head_norm(lowering: Lowering, node: Node) -> Any:
     kind, epsilon = str(node.attributes["kind"]), float(node.attributes["epsilon"])
     return norm_call(lowering, kind, epsilon, node.inputs[0], "", node.inputs[1], node.input(2))
-
-
-@lowers("rewriter:Rotary")
-def _rotary(lowering: Lowering, node: Node) -> Any:
-    """u * cos + sign * rotate(u) * sin on the leading `size` dims; rotation is by halves, or by neighbours."""
-    x, size = lowering.value(node.inputs[0]), int(node.attributes["size"])
-    shape, emit = lowering.shape(node.inputs[0]), lowering.builder.emit
-    last = len(shape) - 1
-    head = x if size == shape[-1] else emit(op.strided_slice(x, [last], [0], [size]))
-    cos, sin = (emit(op.multiply(lowering.value(name), relax.const(factor, "float32"))) for name, factor in (
-        (node.inputs[1], 1.0), (node.inputs[2], float(node.attributes.get("sign", 1)))
-    ))  # fmt: skip
-    turned = _rotate(emit, head, (*shape[:-1], size), bool(node.attributes.get("interleaved", 0)))
-    result = op.add(op.multiply(head, cos), op.multiply(turned, sin))
-    if size == shape[-1]:
-        return result
-    return op.concat([emit(result), emit(op.strided_slice(x, [last], [size], [shape[-1]]))], last)
-
-
-def _rotate(emit: Any, head: Any, shape: tuple[int, ...], interleaved: bool) -> Any:
-    axis, size = len(shape) - 1, shape[-1]
-    if not interleaved:
-        first = emit(op.strided_slice(head, [axis], [0], [size // 2]))
-        second = emit(op.strided_slice(head, [axis], [size // 2], [size]))
-        return emit(op.concat([emit(op.negative(second)), first], axis))
-    pairs = emit(op.reshape(head, (*shape[:-1], size // 2, 2)))
-    even = emit(op.strided_slice(pairs, [axis + 1], [0], [1]))
-    odd = emit(op.strided_slice(pairs, [axis + 1], [1], [2]))
-    return emit(op.reshape(emit(op.concat([emit(op.negative(odd)), even], axis + 1)), shape))
