@@ -29,7 +29,7 @@ class Material:
     """Files below one folder: `exact` by number format, one file of `feeds` per run, `samples` to calibrate on."""
 
     original: Path
-    exact: Mapping[str, Path]
+    exact: Mapping[Precision, Path]
     feeds: tuple[Path, ...]
     samples: Path
     shapes: dict[str, tuple[int, ...]]
@@ -50,16 +50,16 @@ def prepare(work: Work, models: Path, folder: Path) -> Material:
     return Material(original, _exact(graph, work, folder), save_feeds(batches, folder / "feeds"), samples, shapes)
 
 
-def _exact(graph: OnnxGraph, work: Work, folder: Path) -> dict[str, Path]:
+def _exact(graph: OnnxGraph, work: Work, folder: Path) -> dict[Precision, Path]:
     """The graph with every block as composites, in each number format that some entrant computes in."""
     wanted: list[Precision] = [entrant.graph for entrant in work.entrants if entrant.graph != "original"]
     paths = {precision: folder / f"{precision}.onnx" for precision in wanted}
     if all(path.exists() for path in paths.values()):
-        return dict(paths)
+        return paths
     sites = [site for site in recognise(graph).sites if site.state is State.LOWERABLE]
     for precision, path in paths.items():
         lower(graph, [replace(site, precision=precision) for site in sites]).save(path)
-    return dict(paths)
+    return paths
 
 
 def _batches(graph: OnnxGraph, data: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Feeds]:
