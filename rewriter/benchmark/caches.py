@@ -166,7 +166,9 @@ def main(words: Sequence[str]) -> int:
     if not ready:
         raise ModelError("nothing could be built", "; ".join(failures))
     if parsed.budget:
-        result = race(ready, threads=parsed.threads, rules=Rules(budget_s=parsed.budget, most_rounds=60))
+        result = race(
+            ready, threads=parsed.threads, rules=Rules(budget_s=parsed.budget, most_rounds=60, reopen_every=0)
+        )
         failures += [f"{name}: {why}" for name, why in result.failures.items()]
         sys.stdout.write("\n".join([table(made, result, parsed.context), *failures, ""]))
     return 0
