@@ -18,6 +18,7 @@ from rewriter.report.output import check_output, writing
 from rewriter.search.decision import Outcome, decide_between, exact_only, replay, with_data
 from rewriter.search.dry import dry_summary, foretell
 from rewriter.search.lengths import Served, serve_lengths
+from rewriter.search.lengths_race import race_lengths
 from rewriter.search.opening import open_session
 from rewriter.search.publish import publish
 from rewriter.search.session import Session, default_cache, scratch
@@ -26,7 +27,7 @@ from rewriter.search.session import Session, default_cache, scratch
 _STAGES_S = {"load": 2.0, "recognise": 15.0, "exact": 25.0, "write": 5.0}
 _REPLAY_S = {"load": 2.0, "recognise": 15.0, "finals": 40.0, "write": 5.0}
 _SEARCH_S = {"reference": 15.0, "statistics": 20.0, "costs": 60.0, "scale": 40.0, "assembly": 100.0}
-_PROOF_S = {"finals": 50.0, "proof": 60.0, "lengths": 40.0}
+_PROOF_S = {"finals": 50.0, "proof": 60.0, "lengths": 40.0, "requests": 30.0}
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,14 @@ def _served(session: Session, outcome: Outcome) -> tuple[Outcome, Served | None]
     if outcome.interrupted:
         return outcome, None
     try:
-        return outcome, serve_lengths(session, outcome)
+        served = serve_lengths(session, outcome)
     except KeyboardInterrupt:
         session.notes.append("interrupted while sizes were chosen: model.so has the one that was optimised for")
         return outcome.cut_short(), None
+    try:
+        return outcome, None if served is None else race_lengths(session, outcome, served)
+    except KeyboardInterrupt:
+        return outcome.cut_short(), served
 
 
 def _outcome(session: Session) -> Outcome:

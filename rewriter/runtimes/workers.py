@@ -61,8 +61,8 @@ class WorkerFailure:
     """Why a call in a worker gave no value. `detail` is one line; `output` the end of what the child wrote.
 
     ``crash``: the process ended; ``timeout``: it was ended at the time limit; ``memory``: at the memory limit;
-    ``error``: the function raised; ``device``: what it runs on elsewhere was lost. After a timeout `output` ends with where each thread was. `exit_code` is negative
-    for a signal and None while the process lives on.
+    ``error``: the function raised; ``device``: what it runs on elsewhere was lost. After a timeout `output` ends with
+    where each thread was. `exit_code` is negative for a signal and None while the process lives on.
     """
 
     kind: FailureKind

@@ -14,6 +14,7 @@ from rewriter.accuracy.paired import Paired
 from rewriter.calibration.data import Dataset
 from rewriter.core.options import Effort
 from rewriter.measurement.bench import Subject
+from rewriter.runtimes.retry import call_twice
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.caches import converted_data
 from rewriter.search.scoring import Outputs, Scorer, reference_outputs, run_artifact, spread, token_mask
@@ -111,7 +112,8 @@ def worthy(session: Session, scorer: Scorer, name: str, selected: Paired) -> boo
 def _run_shipped(session: Session, candidate: Candidate, data: Dataset) -> Outputs | WorkerFailure:
     limit_s = 60.0 + 20.0 * candidate.latency_s * len(data)
     with Worker("certify", session.target.threads) as worker:
-        answer: Outputs | WorkerFailure = worker.call(
+        answer: Outputs | WorkerFailure = call_twice(
+            worker,
             f"{run_artifact.__module__}:run_artifact",
             candidate.shipped.runtime,
             candidate.shipped.artifact,
@@ -120,6 +122,7 @@ def _run_shipped(session: Session, candidate: Candidate, data: Dataset) -> Outpu
             1,
             False,
             timeout_s=limit_s,
+            told=session.notes.append,
         )
     return answer
 

@@ -203,12 +203,11 @@ def replay(session: Session, plan_file: Path) -> Outcome:
 def speedups(outcome: Outcome) -> dict[str, dict[str, Interval | None]]:
     """Per artifact: how much faster it is than the original in its runtime, and than ONNX Runtime on the original."""
     name, onnx_name = outcome.kept.name, under_onnxruntime(outcome.kept.name)
-    one = Interval(1.0, 1.0, 1.0)
     finals = outcome.finals
 
     def row(entry: str, original: str) -> dict[str, Interval | None]:
         against = {"original": original, "onnxruntime": RIVAL, "onnxruntime_int8": RIVAL_INT8}
-        return {key: one if entry == rival else finals.entry_ratio(entry, rival) for key, rival in against.items()}
+        return {key: finals.entry_ratio(entry, rival) for key, rival in against.items()}
 
     rows = {"model.so": row(name, ORIGINAL), "model.onnx": row(onnx_name, RIVAL)}
     engine = BY_KEY.get(finals.engine(outcome.entry)) if outcome.entry is not None else None

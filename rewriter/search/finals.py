@@ -115,6 +115,7 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
     rules = replace(rules, budget_s=rules.budget_s * max(1.0, len(subjects) / _USUAL_ENTRIES))
     result = _raced(session, subjects, rules)
     entrants.notes += [f"{name} failed while being timed: {failure}" for name, failure in result.failures.items()]
+    entrants.notes += result.retries
     session.variants_timed += len(result)
     return Finals(result, subjects, asked, entrants.notes)
 

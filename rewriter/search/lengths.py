@@ -1,11 +1,10 @@
-"""Serving requests of all lengths: which sizes the artifact is built for, and how fast it is over what comes."""
+"""Serving requests of all lengths: which sizes the artifact is built for."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,20 @@ from rewriter.core.errors import ModelError, UserError
 from rewriter.core.lengths import Size
 from rewriter.core.options import Effort
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.measurement.bench import Subject, WorkerBench, save_feeds
-from rewriter.measurement.mix import RULES, mix_subject, save_requests
-from rewriter.measurement.race import Progress, RaceResult, race
+from rewriter.measurement.bench import save_feeds
+from rewriter.measurement.race import RaceResult
 from rewriter.runtimes.retry import call_twice
-from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.runtimes.workers import WorkerFailure
 from rewriter.search.buckets import Curve, choose, expected_s, probes, serving
+from rewriter.search.caches import fitted_shapes
 from rewriter.search.decision import Outcome
-from rewriter.search.engines import ONE_SHAPE
 from rewriter.search.padding import Outputs, name_outputs, shapes_at
 from rewriter.search.session import Session
 from rewriter.search.traffic import Traffic
 
-logger = logging.getLogger("rewriter")
-
 Shapes = Mapping[str, tuple[int, ...]]
 
-ARTIFACT = "model.so"
-_ORIGINAL = "original"
 _PROBES: Mapping[Effort, int] = {"quick": 3, "normal": 4, "thorough": 7}
-_REQUESTS: Mapping[Effort, int] = {"quick": 12, "normal": 24, "thorough": 64}
-_RACE_S: Mapping[Effort, float] = {"quick": 5.0, "normal": 20.0, "thorough": 90.0}
 _TIMING_S: Mapping[Effort, float] = {"quick": 1.5, "normal": 5.0, "thorough": 20.0}
 _BUILD_LIMIT_S = 900.0
 _SEARCH_LIMIT_S = 3600.0
@@ -68,7 +60,7 @@ class Served:
 
 
 def serve_lengths(session: Session, outcome: Outcome) -> Served | None:
-    """Choose the sizes, build what was kept for them, and time it over the requests; None without known lengths.
+    """Choose the sizes and build what was kept for them; None without known lengths.
 
     What cannot be built or timed becomes a note: the artifact then has the one size that was optimised for.
     """
@@ -76,20 +68,26 @@ def serve_lengths(session: Session, outcome: Outcome) -> Served | None:
     if traffic is None:
         return None
     several = len(traffic.requests.counts) > 1 or traffic.requests.room > traffic.requests.quantile(1.0)
-    if traffic.harm and not traffic.asked:
-        session.notes.append(f"model.so has one size, because padding is not harmless: {traffic.harm}")
+    if not traffic.asked and not (several and worth_padding(session, outcome, traffic)):
         return None
-    if not several and not traffic.asked:
-        return None
-    what = f"choosing sizes for {traffic.requests.source} and timing requests of all lengths"
+    what = f"choosing the sizes to build for, by {traffic.requests.source}"
     with session.progress.stage("lengths", what):
         try:
             served = _exactly(session, outcome, traffic) if traffic.harm else _padded(session, outcome, traffic)
-            session.progress.advance(0.5, sentence(served))
+            session.progress.advance(1.0, sentence(served))
         except UserError as problem:
             session.notes.append(f"model.so was not built for {traffic.requests.source}: {problem}")
             served = Served(traffic, (), None)
-        return _raced(session, outcome, served)
+        return served
+
+
+def worth_padding(session: Session, outcome: Outcome, traffic: Traffic) -> bool:
+    """Whether sizes can be chosen where nobody asked for them; a note where not."""
+    if traffic.harm:
+        session.notes.append(f"model.so has one size, because padding is not harmless: {traffic.harm}")
+    elif outcome.kept.caches:
+        session.notes.append("model.so has one size, because the caches of what is kept have sizes of their own")
+    return not traffic.harm and not outcome.kept.caches
 
 
 def sentence(served: Served) -> str:
@@ -112,25 +110,33 @@ def shares_served(served: Served) -> dict[Size, float]:
 
 
 def _padded(session: Session, outcome: Outcome, traffic: Traffic) -> Served:
-    """Sizes with the least expected time: measured at a few, chosen, measured again where that chose others."""
-    requests, options = traffic.requests, session.options
+    """Sizes with the least expected time: measured at a few, chosen, measured again where that chose others.
+
+    While choosing, kernels have default tiles, as everything has that is only priced; what is chosen is then tuned.
+    """
+    requests, options, graph = traffic.requests, session.options, outcome.kept.graph
     wanted = probes(requests, _PROBES[options.effort])
     begun_s = time.monotonic()
-    curve = _measured(session, outcome, wanted, "sizes-0")
+    curve = Curve(_timed(session, build_sizes(session, graph, wanted, "sizes-0", session.pricing_engine), wanted))
     for number in range(1, _MOST_ROUNDS):
         chosen = choose(requests, curve, options.buckets)
-        session.progress.advance(0.1 * number)
+        session.progress.advance(0.2 * number)
         if set(chosen.sizes) <= set(curve.measured_s):
             break
         wanted = sorted({*wanted, *chosen.sizes})
-        curve = _measured(session, outcome, wanted, f"sizes-{number}")
+        artifact = build_sizes(session, graph, wanted, f"sizes-{number}", session.pricing_engine)
+        curve = Curve(_timed(session, artifact, wanted))
     sizes = choose(requests, curve, options.buckets).sizes
-    artifact = build_sizes(session, outcome.kept.graph, sizes, "served")
+    artifact = build_sizes(session, graph, sizes, "served", session.engine)
+    if session.engine != session.pricing_engine:
+        curve = _tuned(curve, _timed(session, artifact, sizes))
     return Served(traffic, sizes, artifact, curve, time.monotonic() - begun_s)
 
 
-def _measured(session: Session, outcome: Outcome, sizes: Sequence[Size], name: str) -> Curve:
-    return Curve(_timed(session, build_sizes(session, outcome.kept.graph, sizes, name), sizes))
+def _tuned(curve: Curve, tuned_s: Mapping[Size, float]) -> Curve:
+    """The curve where tuning moved it: as measured at the sizes built, elsewhere by as much as it moved on average."""
+    moved = float(np.median([seconds / curve(size) for size, seconds in tuned_s.items()]))
+    return Curve({**{size: moved * seconds for size, seconds in curve.measured_s.items()}, **tuned_s})
 
 
 def _exactly(session: Session, outcome: Outcome, traffic: Traffic) -> Served:
@@ -139,28 +145,28 @@ def _exactly(session: Session, outcome: Outcome, traffic: Traffic) -> Served:
     counts = traffic.requests.counts
     sizes = tuple(sorted(sorted(counts, key=lambda size: (-counts[size], size))[:count]))
     begun_s = time.monotonic()
-    artifact = build_sizes(session, outcome.kept.graph, sizes, "served")
+    artifact = build_sizes(session, outcome.kept.graph, sizes, "served", session.engine)
     session.notes.append(f"only the sizes built for will run, because padding is not harmless: {traffic.harm}")
     return Served(traffic, sizes, artifact, None, time.monotonic() - begun_s, exact=True)
 
 
-def build_sizes(session: Session, graph: OnnxGraph, sizes: Sequence[Size], name: str) -> Path:
+def build_sizes(session: Session, graph: OnnxGraph, sizes: Sequence[Size], name: str, engine: str) -> Path:
     """An artifact for these sizes; requests between are padded where that is harmless. Raises `UserError`."""
     traffic = session.traffic
     assert traffic is not None
     shapes = [shapes_at(graph.inputs, session.workload.shapes, traffic.axes, size) for size in sizes]
-    pad = {} if traffic.harm else {spec.name: 0.0 for spec in graph.inputs}
-    return build_artifact(session, graph, shapes, pad, name)
+    return build_artifact(session, graph, shapes, not traffic.harm, name, engine)
 
 
 def build_artifact(
-    session: Session, graph: OnnxGraph, shapes: Sequence[Shapes], pad: Mapping[str, float], name: str
+    session: Session, graph: OnnxGraph, shapes: Sequence[Shapes], padding: bool, name: str, engine: str
 ) -> Path:
     """An artifact for several sets of shapes, in the guarded worker. Raises `UserError` when that fails."""
     saved = graph.save(session.folder / f"{name}.onnx")
     outputs = session.traffic.outputs if session.traffic is not None else {}
-    place, cache = session.folder / name, session.cache / "compiled"
-    arguments = (session.engine, saved, shapes, place, session.target, pad, cache, outputs)
+    pad = {spec.name: 0.0 for spec in graph.inputs} if padding else {}
+    wanted = [fitted_shapes(one, graph.inputs) for one in shapes]
+    arguments = (engine, saved, wanted, session.folder / name, session.target, pad, session.cache / "compiled", outputs)
     limit_s = _SEARCH_LIMIT_S if session.options.tuner == "metaschedule" else _BUILD_LIMIT_S
     spec = f"{__name__}:build_in_worker"
     built = call_twice(session.builder, spec, *arguments, timeout_s=limit_s, told=session.notes.append)
@@ -205,53 +211,3 @@ def _timed(session: Session, artifact: Path, sizes: Sequence[Size]) -> dict[Size
         raise ModelError(f"timing it at several sizes failed: {found}", "See optimize.log")
     session.variants_timed += len(sizes)
     return {size: float(np.median(runs)) for size, runs in zip(sizes, found, strict=True)}
-
-
-def _raced(session: Session, outcome: Outcome, served: Served) -> Served:
-    """Passes over a sample of requests, in turn with everybody who took part in the finals."""
-    requests, options = served.traffic.requests, session.options
-    if len(requests.counts) < 2 or served.exact:
-        return served
-    count = _REQUESTS[options.effort]
-    paths = save_requests(requests, count, served.traffic.make, session.folder / "requests", options.seed)
-    subjects = _subjects(session, outcome, served, paths)
-    if len(subjects) < 2:
-        return served
-    budget_s = _RACE_S[options.effort]
-    rules = replace(RULES, budget_s=budget_s, reopen_every=0 if options.effort == "quick" else RULES.reopen_every)
-
-    def report(state: Progress) -> None:
-        session.progress.advance(0.5 + 0.5 * min(1.0, state.elapsed_s / budget_s))
-
-    threads = session.target.threads
-    with Worker("device", threads) as shared:
-        apart = None
-        if session.target.remote:
-            apart = lambda one: WorkerBench(one, threads, (), rules.timeout_s, shared)  # noqa: E731
-        result = race(subjects, threads=threads, rules=rules, progress=report, open_bench=apart)
-    for name, failure in result.failures.items():
-        session.notes.append(f"{name} took no part in the race over lengths: {failure}")
-    session.variants_timed += len(result)
-    return replace(served, race=result, sampled=count)
-
-
-def _subjects(session: Session, outcome: Outcome, served: Served, paths: Sequence[Path]) -> list[Subject]:
-    """What is kept, the original in the same runtime and sizes, and runtimes with dynamic shapes on both graphs."""
-    subjects = []
-    if served.artifact is not None:
-        subjects.append(mix_subject(ARTIFACT, session.engine, served.artifact, paths))
-    if not outcome.kept_original and (session.options.effort != "quick" or session.target.remote):
-        try:
-            built = build_sizes(session, outcome.original.graph, served.sizes, "served-original")
-            subjects.append(mix_subject(_ORIGINAL, session.engine, built, paths))
-        except UserError as problem:
-            logger.info("the original takes no part in the race over lengths: %s", problem)
-    kept = outcome.kept.name
-    for name, entrant in outcome.finals.subjects.items():
-        label, _, ported = name.partition("@")
-        of_other = ported and label != kept
-        if entrant.runtime in ONE_SHAPE:
-            continue  # every length of a request would cost it a build
-        if entrant.runtime != session.engine and not of_other and name not in outcome.finals.result.failures:
-            subjects.append(mix_subject(name, entrant.runtime, entrant.artifact, paths))
-    return subjects

@@ -8,7 +8,8 @@ from rewriter.core.lengths import Size
 from rewriter.core.measurement import decide, speedup
 from rewriter.measurement.mix import per_request_s
 from rewriter.search.buckets import WORTH, Curve, expected_s
-from rewriter.search.lengths import ARTIFACT, Served, shares_served
+from rewriter.search.lengths import Served, shares_served
+from rewriter.search.lengths_race import ARTIFACT
 
 _SHORT = (0.1, 0.5, 0.9)
 

@@ -85,9 +85,9 @@ def _write_build(session: Session, outcome: Outcome, served: Served | None, plac
     built = served.artifact if served is not None else None
     try:
         if built is None:
-            sound = session.traffic is not None and not session.traffic.harm
-            pad = {spec.name: 0.0 for spec in session.graph.inputs} if sound else {}
-            built = build_artifact(session, outcome.kept.graph, [session.workload.shapes], pad, "kept")
+            padding = session.traffic is not None and not session.traffic.harm
+            shapes = [session.workload.shapes]
+            built = build_artifact(session, outcome.kept.graph, shapes, padding, "kept", session.engine)
     except UserError as problem:
         session.notes.append(f"model.so was not written: {problem}")
         return

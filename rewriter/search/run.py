@@ -19,6 +19,7 @@ from rewriter.core.options import Effort
 from rewriter.core.site import Site
 from rewriter.core.store import Store
 from rewriter.graph.interpreter import Interpreter
+from rewriter.runtimes.retry import call_twice
 from rewriter.runtimes.workers import WorkerFailure
 from rewriter.search.caches import cache_maps, converted
 from rewriter.search.candidates import all_candidates
@@ -167,17 +168,43 @@ def _compound(options: Options) -> bool:
 
 
 def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[str, dict[Options, float]]:
-    """Seconds of each option at each site; sites that are alike share what was measured for the first of them."""
+    """Seconds of each option at each site: at the shape to optimise for, or on average over asked lengths.
+
+    Sites that are alike share what was measured for the first of them.
+    """
+    inputs = priced_inputs(state.session)
+    parts = [_latencies_at(state, found, feeds) for feeds in inputs]
+    return {
+        site: {options: sum(part[site][options] for part in parts) / len(parts) for options in combinations}
+        for site, combinations in found.items()
+    }
+
+
+def priced_inputs(session: Session) -> list[Feeds]:
+    """What options are timed on: one usual input, or the middles of the shorter and the longer half of asked requests.
+
+    Two sizes cost twice the time of one, and show what is proportional to the tokens and what is to their square.
+    """
+    traffic = session.traffic
+    if traffic is None or not traffic.asked or traffic.harm:
+        return [dict(session.workload.feeds[0])]
+    sizes = sorted(traffic.requests.sample(2, session.options.seed))
+    return [traffic.make(*size, index) for index, size in enumerate(dict.fromkeys(sizes))]
+
+
+def _latencies_at(
+    state: Search, found: Mapping[str, Sequence[Options]], feeds: Feeds
+) -> dict[str, dict[Options, float]]:
     session, by_id = state.session, {site.id: site for site in state.sites}
     plain = {name: Priced(by_id[name], fragment(session.graph, by_id[name])) for name in found}
-    values = values_read(session, state.sites, list(plain.values()))
+    values = values_read(session, state.sites, list(plain.values()), feeds)
     first: dict[tuple[str, Anywhere], str] = {}
     like = {
         name: first.setdefault((signature(one.site, one.piece, values), _anywhere(found[name])), name)
         for name, one in plain.items()
     }
     table, latencies = cost_table(session), {}
-    wanted = [priced for name in first.values() for priced in _priced(session, by_id[name], found[name])]
+    wanted = [priced for name in first.values() for priced in _priced(session, by_id[name], found[name], feeds)]
     intervals = iter(table.latencies_s(session.graph, wanted, values, session.progress.advance))
     session.variants_timed += table.measured
     measured = {name: [next(intervals).median for _ in found[name]] for name in first.values()}
@@ -186,16 +213,18 @@ def _latencies(state: Search, found: Mapping[str, Sequence[Options]]) -> dict[st
     return latencies
 
 
-def _priced(session: Session, site: Site, combinations: Sequence[Options]) -> list[Priced]:
+def _priced(session: Session, site: Site, combinations: Sequence[Options], feeds: Feeds) -> list[Priced]:
     blank = blank_statistics(site)
     rewritten = (restructure(site, options, session.selection.passes, blank) for options in combinations)
-    return [Priced(one, fragment(session.graph, one, old_caches=False), _own_caches(session, one)) for one in rewritten]
+    return [
+        Priced(one, fragment(session.graph, one, old_caches=False), _own_caches(session, one, feeds))
+        for one in rewritten
+    ]
 
 
-def _own_caches(session: Session, site: Site) -> dict[str, NDArray[Any]]:
+def _own_caches(session: Session, site: Site, feeds: Feeds) -> dict[str, NDArray[Any]]:
     """The caches of a timed input as a rewritten site reads them."""
     maps = cache_maps(session.graph, [site])
-    feeds = session.workload.feeds[0]
     return converted({name: feeds[name] for name in maps}, maps)
 
 
@@ -204,10 +233,12 @@ def _anywhere(combinations: Sequence[Options]) -> Anywhere:
     return tuple(tuple((option.name, option.parameters) for option in options) for options in combinations)
 
 
-def values_read(session: Session, sites: Sequence[Site], priced: Sequence[Priced]) -> dict[str, NDArray[Any]]:
+def values_read(
+    session: Session, sites: Sequence[Site], priced: Sequence[Priced], feeds: Feeds | None = None
+) -> dict[str, NDArray[Any]]:
     """The values that the priced sub-blocks read, at the shapes to be timed, from one run on a real input."""
     names = {name for one in priced for name in one.piece.reads()}
-    run = Interpreter(lower(session.graph, list(sites))).run(session.workload.feeds[0], taps=sorted(names))
+    run = Interpreter(lower(session.graph, list(sites))).run(feeds or session.workload.feeds[0], taps=sorted(names))
     return {name: run[name].numpy() for name in names}
 
 
@@ -222,9 +253,9 @@ def cost_table(session: Session) -> CostTable:
 
     def time_all(artifacts: Sequence[Any], feeds: Sequence[Any]) -> list[list[float]]:
         paths = ([str(path) for path in artifacts], [str(path) for path in feeds])
-        answer = session.timer.call(
-            "rewriter.measurement.together:time_together", session.engine, *paths, threads, timeout_s=300.0
-        )
+        together = "rewriter.measurement.together:time_together"
+        arguments = (session.engine, *paths, threads)
+        answer = call_twice(session.timer, together, *arguments, timeout_s=300.0, told=session.notes.append)
         if isinstance(answer, WorkerFailure):
             session.notes.append(f"a group of options could not be timed: {answer}")
             return [[] for _ in artifacts]

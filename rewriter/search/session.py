@@ -24,6 +24,7 @@ from rewriter.core.site import Recognition, State
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.runtimes import jobs
+from rewriter.runtimes.retry import call_twice
 from rewriter.runtimes.workers import Worker, WorkerFailure
 from rewriter.search.caches import fitted_shapes
 from rewriter.search.selection import Selection
@@ -94,7 +95,8 @@ class Session:
         samples = self.samples() if runtime == OPENVINO_INT8 else None
         arguments = (runtime, saved, dict(wanted), place, self.target, self.cache / "compiled", samples)
         limit_s = _SEARCH_LIMIT_S if runtime == TVM_METASCHEDULE else _BUILD_LIMIT_S
-        built = self.builder.call(f"{jobs.__name__}:build", *arguments, timeout_s=limit_s)
+        build, told = f"{jobs.__name__}:build", self.notes.append
+        built = call_twice(self.builder, build, *arguments, timeout_s=limit_s, told=told)
         if isinstance(built, WorkerFailure):
             raise ModelError(f"building {name} with {runtime.rpartition(':')[2]} failed: {built}", "See optimize.log")
         return Path(built)
