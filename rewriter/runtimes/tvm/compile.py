@@ -16,7 +16,7 @@ from tvm import relax
 from rewriter.core.errors import OptionError, OutputError
 from rewriter.core.target import Target
 from rewriter.graph.onnx import OnnxGraph
-from rewriter.runtimes.standard import to_standard
+from rewriter.runtimes.standard import to_standard, with_some_written_out
 from rewriter.runtimes.tvm import amx
 from rewriter.runtimes.tvm.artifact import CODE, CUBIN, FORMAT, MANIFEST, WEIGHTS, file_sha256, machine_of, versions
 from rewriter.runtimes.tvm.caches import read_narrow
@@ -55,7 +55,7 @@ def lower(graph: OnnxGraph, shapes: Sequence[Shapes], target: Target, tiles: Til
     kernels, arguments, programs = Kernels(builder), [], []
     by_template = target.kind == "llvm"
     # Our templates are for processors; elsewhere composites are written out and left to TVM's schedules.
-    written = graph if by_template else to_standard(graph)
+    written = with_some_written_out(graph, "tvm") if by_template else to_standard(graph)
     for index, bucket in enumerate(shapes):
         program = specialise(written, bucket)
         if by_template:
@@ -124,7 +124,12 @@ def _compiled(module: Module, target: Target, path: Path, cache: Path | None) ->
         return dict(module.work)
     with tempfile.TemporaryDirectory(prefix="kernels-") as scratch:
         linked = link(module.functions, Objects(cache or Path(scratch), target))
-        linked.executable.export_library(str(path), fcompile=linker(target))
+        try:
+            linked.executable.export_library(str(path), fcompile=linker(target))
+        except RuntimeError as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if "error" in line.lower()), "")
+            hint = "Make room, and check that the C compiler works (optimize doctor)"
+            raise OutputError(f"{path.parent.parent} got no code, linking failed: {reason[-300:]}", hint) from error
     return {linked.names[name]: count for name, count in module.work.items() if name in linked.names}
 
 

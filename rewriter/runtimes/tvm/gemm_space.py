@@ -1,4 +1,4 @@
-"""The space of one GEMM: register tile, unrolling, fetching ahead, blocks of rows, and what the threads divide."""
+"""The space of one GEMM: register tile, unrolling, fetching ahead, blocks of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewriter.runtimes.tvm.kernels import formats
 from rewriter.runtimes.tvm.kernels.gemm import MATRIX_WORDS, Gemm, Tile
 from rewriter.runtimes.tvm.kernels.quantise import Quantise, make_quantise
 from rewriter.runtimes.tvm.space import MOST_SETS, ROTATED_BYTES, compiled, source_version
-from rewriter.runtimes.tvm.tiles import default_gemm, unroll_for
+from rewriter.runtimes.tvm.tiles import default_gemm, shared, unroll_for
 
 # Rows and vectors of register tiles whose sums fit beside the operands, by registers of the processor.
 SHAPES = {
@@ -63,27 +63,25 @@ class GemmSpace:
         shapes = [default, *self._shapes()]
         found = [tile for shape in shapes for tile in (shape, replace(shape, ahead=not shape.ahead))]
         found += [replace(default, unroll=steps) for steps in (2, 4, 8)]
-        found += [replace(tile, block=0) for tile in shapes[:2] if tile.block]
-        if self.spec.threads > 1:
-            found += [share for tile in shapes[:2] for share in self._by_rows(tile)]
+        found += [replace(tile, block=0) for tile in shapes[:2] if tile.block and not tile.by_rows]
         others = [tile for tile in dict.fromkeys(found) if tile != default]
         return [default, *sorted(others, key=self.predicted)]
 
     def _shapes(self) -> list[Tile]:
-        """Other register tiles, rows balanced over M."""
+        """Other register tiles, rows balanced over M.
+
+        What the threads divide stays: which core holds which rows decides about the next kernel, not about this one.
+        """
         spec, found = self.spec, []
         wide = WIDE if spec.M <= FEW_ROWS and self.target.registers >= 32 else ()
         for most, vectors in (*SHAPES[self.target.registers], *wide):
             rows = -(-spec.M // -(-spec.M // most))
             width = vectors * spec.lanes
             if -(-spec.N // width) * width <= MOST_WASTE * spec.N:
-                found.append(replace(self.default, rows=rows, vectors=vectors, unroll=unroll_for(spec, rows, vectors)))
+                plain = replace(self.default, rows=rows, vectors=vectors, unroll=unroll_for(spec, rows, vectors))
+                by_rows = shared(spec, replace(plain, block=0, by_rows=False), self.target)
+                found.append(by_rows if self.default.by_rows else plain)
         return found
-
-    def _by_rows(self, tile: Tile) -> list[Tile]:
-        """The same with rows divided among the threads instead of panels, where that comes out even."""
-        share, rest = divmod(self.spec.M, self.spec.threads)
-        return [] if rest or share % tile.rows else [replace(tile, block=share, by_rows=True)]
 
     def predicted(self, tile: Tile) -> float:
         """Cycles by a roofline of one core: two products and two loads of vectors per cycle at best, B from memory."""

@@ -29,7 +29,7 @@ from tvm.s_tir.meta_schedule.runner import PyRunner, PyRunnerFuture, RunnerResul
 from rewriter.core.target import Target
 from rewriter.runtimes.tvm.database import Subject, TuningDatabase
 from rewriter.runtimes.tvm.target import tvm_target
-from rewriter.runtimes.workers import Worker, WorkerFailure
+from rewriter.runtimes.workers import Worker, WorkerFailure, pinnable
 
 TRIALS = 32  # per kernel
 WORTH_S = 20e-6  # a kernel that takes less by default is left alone
@@ -62,7 +62,7 @@ class MetaScheduler:
         return module
 
     def _worker(self) -> Worker:
-        return Worker("metaschedule", self.target.threads, _MEMORY_BYTES)
+        return Worker("metaschedule", self.target.threads, _MEMORY_BYTES, cores=pinnable(self.target.threads))
 
     def _tuned(self, function: Any, worker: Worker, folder: Path) -> Any:
         """A better schedule of one kernel, from the database or measured now; None if the default stays."""
@@ -129,16 +129,23 @@ class Book:
         """Candidates measured so far, by this run and earlier ones."""
         return int(self.record["trials"])
 
-    def take(self, kernel: str, seconds: float | None) -> None:
-        """One candidate: None seconds for one that failed, which can never be chosen."""
+    def take(self, kernel: str, seconds: float) -> None:
+        """One candidate that was measured."""
         self.record["trials"] += 1
-        if seconds is None:
-            self.record["failures"] += 1
-        elif seconds < self.record["seconds"]:
+        if seconds < self.record["seconds"]:
             self.record |= {"kernel": kernel, "seconds": seconds}
-        else:
-            return
+            self.database.add(self.subject, self.record)
+
+    def fail(self, kernel: str, reason: str) -> None:
+        """One candidate that crashed, hung or computed something else: it is never chosen and never tried again."""
+        self.record["trials"] += 1
+        self.record["failures"] += 1
+        self.database.add_failure(self.subject, content_of(kernel), reason)
         self.database.add(self.subject, self.record)
+
+    def failure(self, kernel: str) -> str:
+        """Why a candidate failed before; empty if it did not."""
+        return self.database.failure(self.subject, content_of(kernel))
 
     def finish(self, trials: int) -> dict[str, Any]:
         """The final record; the search need not be repeated for as many trials."""
@@ -171,10 +178,15 @@ class Measurer:
     def measured(self, name: str) -> RunnerResult:
         """Seconds of a candidate, or why there are none."""
         kernel = self.candidates.pop(name)
+        before = self.book.failure(kernel)
+        if before:
+            return RunnerResult(None, before)
         found = self.worker.call(_RUN, self.book.plain, kernel, self.target, timeout_s=_LIMIT_S)
-        failed = isinstance(found, WorkerFailure)
-        self.book.take(kernel, None if failed else float(found))
-        return RunnerResult(None, str(found)[-300:]) if failed else RunnerResult([float(found)], None)
+        if isinstance(found, WorkerFailure):
+            self.book.fail(kernel, str(found)[-300:])
+            return RunnerResult(None, str(found)[-300:])
+        self.book.take(kernel, float(found))
+        return RunnerResult([float(found)], None)
 
 
 @derived_object
@@ -238,6 +250,11 @@ def _untuned(module: Any, templates: Mapping[str, int]) -> Iterator[tuple[Any, A
     for variable, function in list(module.functions.items()):
         if isinstance(function, tirx.PrimFunc) and variable.name_hint not in templates:
             yield variable, function
+
+
+def content_of(kernel: str) -> str:
+    """A candidate by its content, as short as a key should be."""
+    return hashlib.sha256(kernel.encode()).hexdigest()[:24]
 
 
 def packed(module: Any) -> str:

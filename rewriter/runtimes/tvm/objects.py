@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tvm.relax import vm_build
 
 from rewriter.core.target import Target
 from rewriter.runtimes.tvm.artifact import versions
+from rewriter.runtimes.tvm.kernels import emit
 from rewriter.runtimes.tvm.target import tvm_target
 
 
@@ -52,18 +54,35 @@ class Objects:
         if kept.exists():
             return kept
         module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
-        library = tvm.tirx.build(module, target=tvm_target(self.target))
+        with _passes(function):
+            content = _in_memory(tvm.tirx.build(module, target=tvm_target(self.target)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        # The name decides the format for TVM; it appears whole or not at all, whoever else writes it.
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".o", delete=False) as file:
+        # It appears whole or not at all, whoever else writes it.
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
             unfinished = Path(file.name)
         try:
-            library.write_to_file(str(unfinished))
+            unfinished.write_bytes(content)
             unfinished.replace(kept)
         finally:
             unfinished.unlink(missing_ok=True)
         self.compiled += 1
         return kept
+
+
+def _passes(function: Any) -> Any:
+    """Templates hold no memory that could be made smaller; finding that out would take a third of their compilation."""
+    template = function.attrs is not None and emit.TEMPLATE in function.attrs
+    return tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"] if template else None)
+
+
+def _in_memory(library: Any) -> bytes:
+    """The object file of a library. LLVM ends the process when it cannot write, so it never writes to a disk."""
+    descriptor = os.memfd_create("object")
+    try:
+        library.write_to_file(f"/proc/self/fd/{descriptor}", "o")
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    finally:
+        os.close(descriptor)
 
 
 def link(functions: Any, objects: Objects) -> Linked:

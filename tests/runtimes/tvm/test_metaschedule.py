@@ -15,7 +15,7 @@ from rewriter.core.options import Options
 from rewriter.runtimes.tvm import metaschedule
 from rewriter.runtimes.tvm.candidate import measure
 from rewriter.runtimes.tvm.database import Subject, TuningDatabase
-from rewriter.runtimes.tvm.metaschedule import Book, Measurer, MetaScheduler, packed
+from rewriter.runtimes.tvm.metaschedule import Book, Measurer, MetaScheduler, content_of, packed
 from rewriter.runtimes.tvm.target import tvm_target
 from rewriter.runtimes.workers import Worker
 from tests.runtimes.tvm.harness import numbers, target
@@ -80,15 +80,21 @@ def test_a_wrong_or_broken_candidate_costs_only_itself(tmp_path: Path) -> None:
         measurer = Measurer(worker, book, target())
         measurer.candidates = {"wrong": wrong, "broken": "no kernel", "right": plain}
         results = {name: measurer.measured(name) for name in list(measurer.candidates)}
+        measurer.candidates = {"again": wrong}
+        results["again"] = measurer.measured("again")
     assert "differs" in str(results["wrong"].error_msg) and results["broken"].error_msg
     assert results["right"].run_secs and book.record["kernel"] == plain and book.record["failures"] == 2
+    # Written down with its reason, a failed one is not tried again.
+    assert str(results["again"].error_msg) == TuningDatabase(tmp_path / "t.jsonl").failure(SUBJECT, content_of(wrong))
 
 
 def test_a_killed_search_keeps_its_best_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     book = Book(TuningDatabase(path), SUBJECT, "plain", 1.0, {})
-    for name, seconds in (("a", 0.5), ("b", None), ("c", 0.25), ("d", 0.75)):
-        book.take(name, seconds)
+    book.take("a", 0.5)
+    book.fail("b", "crash: SIGSEGV")
+    book.take("c", 0.25)
+    book.take("d", 0.75)
     found = TuningDatabase(path).find(SUBJECT)
     assert found is not None and (found["kernel"], found["seconds"], found["trials"]) == ("c", 0.25, 3)
     resumed = Book(TuningDatabase(path), SUBJECT, "plain", 2.0, found)
