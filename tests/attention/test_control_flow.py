@@ -89,7 +89,7 @@ def test_a_merged_decoder_is_mapped_in_both_branches(tmp_path: Path) -> None:
     assert {site.id for site in inside} == {f"n1/{name}/layers.0.attention" for name in branches}
     for site in inside:
         assert site.state is State.MAPPED
-        assert [problem.code for problem in site.problems] == ["control-flow"]
+        assert "control-flow" in [problem.code for problem in site.problems]
         assert site.query.weight_name == shared[0]
         assert all(node.startswith("n1/") for node in site.nodes)
         weight = numpy_helper.to_array(main.weights[0]).reshape(WIDTH, HEADS, DIM)

@@ -115,7 +115,9 @@ def test_what_changes_nothing_inside_the_site_does_not_forbid_it(kind: str) -> N
 
 def test_a_cache_in_the_signature_is_left(tmp_path: Path) -> None:
     onnx.save(read_pack(PACK).models["gpt2_past.eager.l17"], tmp_path / "model.onnx")
-    assert _codes(recognise(load(tmp_path / "model.onnx"))) == {"cache-in-signature"}
+    # What changes no tensor of the signature may still be done: the form in which attention is written.
+    codes = _codes(recognise(load(tmp_path / "model.onnx")))
+    assert codes - {"ok"} == {"cache-in-signature", "cache-change-not-allowed"}
 
 
 @pytest.mark.parametrize("kind", ["classifier", "log-softmax", "squeeze-excite", "crf", "capsules", "experts"])
