@@ -67,11 +67,10 @@ def test_attention_in_bfloat16_of_any_dim(dim: int) -> None:
     encoder = Encoder(width=2 * dim)
     core = next(node for node in encoder.graph.model.graph if node.op_type == "Attention")
     core.attributes.add(ir.AttrString("precision", "bf16"))
-    given = feeds(2, 11, 9)
+    given = feeds(2, 43, 39)  # fewer queries have a kernel of their own
     module = compiling.lower(encoder.graph, [{name: array.shape for name, array in given.items()}], target())
-    names = {variable.name_hint for variable in module.functions.get_global_vars()}
-    expected = "flash_bf16" if target().multiplies("bf16") else "flash"
-    assert any(name.rsplit("_", 1)[0] == expected for name in names)
+    names = {variable.name_hint.rsplit("_", 1)[0] for variable in module.functions.get_global_vars()}
+    assert names & ({"flash_bf16", "flash_amx_bf16"} if target().multiplies("bf16") else {"flash"})
     wanted = Interpreter(encoder.graph).run(given)["norm2"].numpy()
     assert relative(run_graph(encoder.graph, given)["norm2"], wanted) < 3e-3
 
