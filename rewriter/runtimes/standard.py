@@ -61,13 +61,32 @@ def to_standard(graph: OnnxGraph, form: str = DECOMPOSED) -> OnnxGraph:
     return OnnxGraph(result.model, graph.path)
 
 
-def _says(graph: OnnxGraph, form: str) -> bool:
+def with_some_written_out(graph: OnnxGraph, runtime: str) -> OnnxGraph:
+    """The graph with the attentions written out whose form under `runtime` is ``decomposed``; the rest stays.
+
+    The graph itself where there are none.
+    """
+    if not _says(graph, DECOMPOSED, runtime):
+        return graph
+    result = graph.clone()
+    names, shared = Names(result.model), Shared()
+    for part in list(result.model.graphs()):
+        for node in [node for node in part if is_composite(node)]:
+            declare(node.outputs[0])
+        for node in [node for node in part if is_composite(node, "Attention")]:
+            if _chosen(node, runtime) == DECOMPOSED:
+                emitter = Emitter(node, graph.opset, names, shared)
+                emitter.replace(attention(emitter, DECOMPOSED))
+    return OnnxGraph(result.model, graph.path)
+
+
+def _says(graph: OnnxGraph, form: str, runtime: str = "onnxruntime") -> bool:
     nodes = (node for node in graph.model.graph.all_nodes() if is_composite(node, "Attention"))
-    return any(_chosen(node) == form for node in nodes)
+    return any(_chosen(node, runtime) == form for node in nodes)
 
 
-def _chosen(node: ir.Node) -> str:
-    return picked(node.attributes.get_strings("forms", ()), "onnxruntime")
+def _chosen(node: ir.Node, runtime: str = "onnxruntime") -> str:
+    return picked(node.attributes.get_strings("forms", ()), runtime)
 
 
 def _drop_idle(part: ir.Graph, values: Iterable[ir.Value]) -> None:
