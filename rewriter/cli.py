@@ -51,8 +51,16 @@ def _os_error(error: OSError) -> str:
 
 def _internal_error(error: BaseException) -> int:
     path = Path(f"optimize-crash-{os.getpid()}.txt")
-    path.write_text("".join(traceback.format_exception(error)))
-    print(f"optimize: internal error: {type(error).__name__}: {error}. Please report it with {path}.", file=sys.stderr)
+    text = "".join(traceback.format_exception(error))
+    try:
+        path.write_text(text)
+        where = str(path)
+    except OSError:
+        # The disk may be what is wrong.
+        path.unlink(missing_ok=True)
+        print(text, file=sys.stderr)
+        where = "the lines above"
+    print(f"optimize: internal error: {type(error).__name__}: {error}. Please report it with {where}.", file=sys.stderr)
     return int(ExitCode.INTERNAL)
 
 

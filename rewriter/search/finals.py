@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from rewriter.core.errors import ModelError
 from rewriter.core.measurement import Decision, Interval, decide, speedup
 from rewriter.core.options import Runtime
 from rewriter.measurement.bench import Subject, WorkerBench
@@ -112,6 +113,9 @@ def run_finals(session: Session, variants: Sequence[Variant], rivals: bool, rule
     if here and (rivals or asked not in (TVM, "auto")):
         _enter_others(session, entrants, variants, rivals)
     subjects = entrants.subjects
+    if not subjects:
+        why = entrants.notes[-1] if entrants.notes else "nothing was entered"
+        raise ModelError(f"nothing could be built, so nothing can be timed: {why}", "Mend that, and run again")
     rules = replace(rules, budget_s=rules.budget_s * max(1.0, len(subjects) / _USUAL_ENTRIES))
     result = _raced(session, subjects, rules)
     entrants.notes += [f"{name} failed while being timed: {failure}" for name, failure in result.failures.items()]
