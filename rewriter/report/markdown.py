@@ -43,6 +43,7 @@ def markdown(report: Report) -> str:
     parts += lengths_section(report.get("lengths"), _RIVALS)
     parts += ["## Does it still do its job?", "", *[f"- {line}" for line in _quality(report)], ""]
     parts += _sites_section(report)
+    parts += _forms_section(report)
     parts += _search_section(report)
     if report["notes"]:
         parts += ["## Notes", "", *[f"- {cell(note)}" for note in report["notes"]], ""]
@@ -129,6 +130,26 @@ def _sites_section(report: Report) -> list[str]:
         chosen = ", ".join(cell(option.partition("@")[0]) for option in site["chosen"]) or "unchanged"
         refused = "; ".join(f"{name}: {cell(why)}" for name, why in site["refusals"].items())
         lines.append(f"| {cell(site['id'])} | {size} | {chosen} | {refused} |")
+    return [*lines, ""]
+
+
+def _forms_section(report: Report) -> list[str]:
+    """The forms of attention that were compared in ONNX Runtime."""
+    found = report.get("forms")
+    if not found or not found["tried"]:
+        return []
+    lines = ["## Forms of attention in ONNX Runtime", "", "| form | sites | one sub-block | | outcome |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for row in found["tried"]:
+        times = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        lines.append(
+            f"| {cell(row['option'])} | {cell(', '.join(row['sites']))} "
+            f"| {'' if row['latency_s'] is None else latency(row['latency_s'])} | {times} | {cell(row['outcome'])} |"
+        )
+    whole = found["ratio"]
+    if whole is not None:
+        kept = "kept" if found["kept"] else "not certainly faster, so attentions are written out"
+        lines += ["", f"The whole graph in the chosen forms against itself written out: {ratio(whole)}, {kept}."]
     return [*lines, ""]
 
 

@@ -84,8 +84,8 @@ class Attended:
         return cls(
             query, key, value,
             heads=attributes.get_int("heads", query.heads),
-            scale=attributes.get_float("scale", 1.0),
-            softcap=attributes.get_float("softcap", 0.0),
+            scale=_stored(attributes.get_float("scale", 1.0)),
+            softcap=_stored(attributes.get_float("softcap", 0.0)),
             bias=None if kind == "none" else bias,
             bias_kind=kind if bias is not None else "none",
             zero_rows=attributes.get_string("empty_rows", "nan") == "zero",
@@ -111,6 +111,11 @@ class Attended:
             return False
         share = self.heads // self.key.heads
         return self.key.head_of == tuple(head // share for head in range(self.heads))
+
+
+def _stored(number: float) -> float:
+    """As a file holds it, whether it becomes a constant or an attribute."""
+    return float(np.float32(number))
 
 
 def _operand(node: ir.Node, index: int, role: str) -> Operand:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from rewriter.core.forms import FORMS, FUSED_SDPA
 from rewriter.core.option import Option
 from rewriter.core.options import Effort
+from rewriter.core.rewrite import Pass
 from rewriter.core.site import Recognition, Site, State
 from rewriter.core.target import Target
 from rewriter.search.problem import Options
@@ -28,7 +30,7 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
     Number formats multiply whatever the cuts give.
     """
     calibrated = [one for one in selection.passes.values() if one.kind == "calibrated" or one.timed]
-    offered = {one.name: levels for one in calibrated if (levels := selection.options(one, site, target))}
+    offered = {one.name: levels for one in calibrated if (levels := _offered(selection, one, site, target))}
     alone = [levels for name, levels in offered.items() if not selection.passes[name].combines]
     cuts = [levels for name, levels in offered.items() if name != PRECISION and selection.passes[name].combines]
     count = (_LEVELS_ALONE if len(cuts) < 2 else _LEVELS_TOGETHER)[effort]
@@ -41,6 +43,12 @@ def candidates(site: Site, selection: Selection, target: Target, effort: Effort)
     # Rounding costs so much less quality than it saves time that combined cuts are tried on top of it only.
     single = [combination for combination in combined if len(combination) <= 1]
     return (*single, *((*combination, rounded) for rounded in formats for combination in combined))
+
+
+def _offered(selection: Selection, one: Pass, site: Site, target: Target) -> tuple[Option, ...]:
+    """The options of a pass, without forms of attention that TVM, which prices them, has not or takes anyway."""
+    found = selection.options(one, site, target)
+    return found if one.name != FUSED_SDPA else tuple(o for o in found if o["form"] in FORMS["tvm"][1:])
 
 
 def thin(levels: Sequence[Option], count: int) -> tuple[Option, ...]:

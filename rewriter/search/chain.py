@@ -52,6 +52,7 @@ def signature(site: Site, piece: Fragment, values: Values) -> str:
             "bias": [site.bias.kind, site.bias.heads_axis, *([site.bias.window] if site.bias.window else [])],
             "softcap": bool(site.softcap),
             **({"packing": site.packing} if site.packing else {}),
+            **({"forms": list(site.forms)} if site.forms else {}),
             "empty_rows": site.empty_rows,
             "extras": [bool(site.bias.kept[1]), site.sink_H is not None],
         }

@@ -17,6 +17,7 @@ from rewriter.search.certification import Candidate, Certified, certify_front, w
 from rewriter.search.engines import BY_KEY
 from rewriter.search.entrants import entry_name
 from rewriter.search.finals import ORIGINAL, RIVAL, RIVAL_INT8, Finals, run_finals, under_onnxruntime
+from rewriter.search.forms import with_forms
 from rewriter.search.problem import Options
 from rewriter.search.refine import Trial
 from rewriter.search.rounding import rounded_candidates, undominated
@@ -83,7 +84,10 @@ def exact_only(session: Session) -> Outcome:
     with session.progress.stage(
         "exact", "building and timing the exact variant" + (" and its rivals" if alone else "")
     ):
-        variants = [original] + ([] if plan.empty else [Variant.of(EXACT, session.graph, plan, sites)])
+        exact_one = with_forms(session, Variant.of(EXACT, session.graph, plan, sites))
+        # A form of ONNX Runtime alone makes no other variant under TVM.
+        nothing = plan.empty and (exact_one.plan.empty or session.options.runtime == "tvm")
+        variants = [original] + ([] if nothing else [exact_one])
         seconds = _RACE_S[session.options.effort] if alone else _FIRST_LOOK_S
         # A first look for whoever interrupts the search; the finals decide, on processes started several times.
         rules = Rules(budget_s=seconds, most_rounds=60, reopen_every=6 if alone else 60)
@@ -109,7 +113,8 @@ def with_data(session: Session, so_far: Outcome) -> Search:
 
 def decide_between(session: Session, so_far: Outcome, found: Search) -> Outcome:
     """Race the best trials against the original and their rivals, certify, and keep the fastest that holds."""
-    finalists = _finalists(session, found)
+    with session.progress.stage("forms", "comparing the forms of attention in ONNX Runtime"):
+        finalists = [with_forms(session, variant) for variant in _finalists(session, found)]
     exact = [so_far.kept] if not so_far.kept_original else []
     with session.progress.stage("finals", f"racing {len(finalists)} variants, the original and ONNX Runtime, in turn"):
         rules = Rules(budget_s=_RACE_S[session.options.effort], most_rounds=100)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+from rewriter.core.option import Option
 from rewriter.search.candidates import all_candidates, exact_options
+from rewriter.search.forms import enumerated
 from rewriter.search.session import Session
 
 
@@ -18,6 +21,10 @@ def foretell(session: Session) -> dict[str, Any]:
             "id": site.id,
             "state": site.state.value,
             "exact": [str(option) for option in exact.get(site.id, ())],
+            "forms": {
+                runtime: [str(option) for option in enumerated(session, site, runtime)]
+                for runtime in ("tvm", "onnxruntime")
+            },
             "combinations": [" ".join(map(str, options)) or "unchanged" for options in found.get(site.id, ())],
         }
         for site in session.recognition.sites
@@ -32,5 +39,10 @@ def dry_summary(found: dict[str, Any]) -> str:
         count = len(site["combinations"])
         exact = ", ".join(option.partition("@")[0] for option in site["exact"]) or "no exact rewrite"
         calibrated = f"{count - 1} calibrated combinations" if count > 1 else "no calibrated rewrite"
-        lines.append(f"  {site['id']} ({site['state']}): {exact}; {calibrated}")
+        lines.append(f"  {site['id']} ({site['state']}): {exact}; {calibrated}{_forms(site)}")
     return "\n".join([*lines, *(f"  note: {note}" for note in found["notes"])])
+
+
+def _forms(site: dict[str, Any]) -> str:
+    forms = [Option.parse(text) for text in dict.fromkeys(chain.from_iterable(site.get("forms", {}).values()))]
+    return "; forms " + ", ".join(str(option["form"]) for option in forms) if forms else ""

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from rewriter.core.errors import UserError
+from rewriter.core.forms import DECOMPOSED
 from rewriter.measurement.bench import Subject, save_feeds
-from rewriter.runtimes.standard import to_standard
+from rewriter.runtimes.standard import AS_CHOSEN, to_standard
 from rewriter.search.caches import converted
 from rewriter.search.engines import Engine
 from rewriter.search.selection import PRECISION
-from rewriter.search.session import Session
+from rewriter.search.session import ONNXRUNTIME, Session
 from rewriter.search.variant import Variant
 
 ORIGINAL = "original"
 RIVAL, RIVAL_INT8 = "onnxruntime", "onnxruntime_int8"
 _RIVALS = {"onnxruntime": RIVAL, "onnxruntime-int8": RIVAL_INT8}
+
+
+def _form(runtime: str) -> str:
+    """Forms were chosen for ONNX Runtime; other readers of standard operators get attentions written out."""
+    return AS_CHOSEN if runtime == ONNXRUNTIME else DECOMPOSED
 
 
 def entry_name(variant: str, engine: str) -> str:
@@ -40,7 +46,7 @@ class Entrants:
     def enter(self, name: str, runtime: str, variant: Variant, reads: str = "composites") -> bool:
         """Build a variant for a runtime; whether that worked."""
         try:
-            graph = variant.graph if reads == "composites" else to_standard(variant.graph)
+            graph = variant.graph if reads == "composites" else to_standard(variant.graph, _form(runtime))
             if variant.name == ORIGINAL and reads == "standard":
                 graph = self.session.graph
             artifact = self.session.build(graph, name.replace("@", "-").replace(" ", "-"), runtime)

@@ -14,8 +14,9 @@ from rewriter.core.errors import UserError
 from rewriter.graph.onnx import OnnxGraph
 from rewriter.report.markdown import markdown
 from rewriter.report.output import check_room, writing
-from rewriter.runtimes.standard import to_standard
+from rewriter.runtimes.standard import AS_CHOSEN, to_standard
 from rewriter.search.decision import Outcome
+from rewriter.search.forms_report import written_otherwise
 from rewriter.search.lengths import Served, build_artifact
 from rewriter.search.report import build_report
 from rewriter.search.session import Session
@@ -57,7 +58,8 @@ def _write_reports(session: Session, outcome: Outcome, served: Served | None, fo
 
 def _write_model(session: Session, outcome: Outcome, place: Path) -> None:
     """The kept graph in standard operators at the input's opset; the untouched model when the original won."""
-    graph = session.graph.clone() if outcome.kept_original else to_standard(outcome.kept.graph)
+    graph = session.graph.clone() if outcome.kept_original else to_standard(outcome.kept.graph, AS_CHOSEN)
+    session.notes += written_otherwise(session.graph, graph)
     graph.model.metadata_props.update({
         "rewriter.plan": str(outcome.kept.plan),
         "rewriter.source": session.graph.fingerprint(),

@@ -15,6 +15,7 @@ from rewriter.measurement import environment
 from rewriter.search.caches import cache_report
 from rewriter.search.decision import Outcome, speedups
 from rewriter.search.finals import ORIGINAL
+from rewriter.search.forms_report import forms_entry, forms_of, priced_by_tvm
 from rewriter.search.lengths import Served
 from rewriter.search.lengths_report import lengths_entry
 from rewriter.search.runtime_rows import kept_artifact, loading, runtime_rows
@@ -43,6 +44,7 @@ def build_report(session: Session, outcome: Outcome, served: Served | None = Non
         "metric": _metric(outcome),
         "task": _task(outcome),
         "caches": cache_report(session.graph, session.recognition.sites, outcome.kept.sites),
+        "forms": forms_entry(session, outcome.kept.name),
         "sites": [_site(session, outcome, site) for site in session.recognition.sites],
         "contributions": contributions(outcome),
         "variants": _variants(outcome),
@@ -147,6 +149,7 @@ def _site(session: Session, outcome: Outcome, site: Site) -> dict[str, Any]:
         "refusals": {name: str(r) for name, r in refused.items() if r is not None and r.code not in _WRONG_KIND},
     }
     if isinstance(site, AttentionSite):
+        facts["forms"] = forms_of(outcome.kept.sites.get(site.id))
         return facts | {"heads": site.heads, "kv_heads": site.kv_heads, "head_dim": site.qk_dim}
     if isinstance(site, LinearSite):
         return facts | {"features": site.features}
@@ -178,7 +181,7 @@ def _by_pass(outcome: Outcome) -> dict[str, float]:
     found: dict[str, float] = {}
     for site, choices in outcome.search.problem.sites.items():
         exact = len(outcome.exact.get(site, ()))
-        options = outcome.kept.plan.at(site)[exact:]
+        options = tuple(option for option in outcome.kept.plan.at(site)[exact:] if priced_by_tvm(option))
         chosen = next((choice for choice in choices if choice.options == options), None)
         if chosen is None or not options:
             continue

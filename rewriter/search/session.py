@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import platformdirs
@@ -30,6 +30,9 @@ from rewriter.search.caches import fitted_shapes
 from rewriter.search.selection import Selection
 from rewriter.search.traffic import Traffic
 from rewriter.search.workload import Workload
+
+if TYPE_CHECKING:
+    from rewriter.search.forms import FormChoice
 
 TVM = "rewriter.runtimes.tvm.runtime:TvmRuntime"
 TVM_UNTUNED = "rewriter.runtimes.tvm.runtime:TvmUntuned"
@@ -66,6 +69,7 @@ class Session:
     variants_timed: int = 0
     notes: list[str] = field(default_factory=list)
     siblings: tuple[Sibling, ...] = ()
+    forms: dict[str, FormChoice] = field(default_factory=dict)  # by variant, see `rewriter.search.forms`
 
     @property
     def engine(self) -> str:
