@@ -18,7 +18,7 @@ def attention(e: Emitter, form: str) -> ir.Value:
     """`Attention`: (B, S, H*Dv); in the wanted form where the operator means the same, else written out."""
     site = Attended.of(e.node)
     fused = FUSED.get(form)
-    if form != DECOMPOSED and fused is not None and fused.fits(e, site):
+    if form != DECOMPOSED and fused is not None and site.bias_known and fused.fits(e, site):
         return fused.write(e, site)
     return _decomposed(e, site)
 

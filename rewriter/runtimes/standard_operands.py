@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from rewriter.core.errors import UnsupportedOperator
 from rewriter.runtimes.emitter import Emitter
 from rewriter.runtimes.shapes import Size, Sizes, dtype_of, sizes_of
 
@@ -97,6 +98,14 @@ class Attended:
     def operands(self) -> tuple[Operand, Operand, Operand]:
         """Query, key, value."""
         return self.query, self.key, self.value
+
+    @property
+    def bias_known(self) -> bool:
+        """Whether the axes of the bias are known, without which no operator can be given it."""
+        try:
+            return self.bias is None or bool(sizes_of(self.bias))
+        except UnsupportedOperator:
+            return False
 
     @property
     def plain(self) -> bool:
