@@ -136,7 +136,7 @@ class Options:
     tuner: Tuner = field(
         default="templates",
         metadata={
-            "help": "what is tuned by measuring: nothing, our kernel templates, or also operators that have no template",
+            "help": "what is tuned by measuring: nothing, our kernel templates, or operators without one too",
             "choices": ("none", "templates", "metaschedule"),
         },
     )
