@@ -79,9 +79,9 @@ class TestPrecision(Contract):
                 PASS.apply(site, option, None)
 
 
-def test_comes_after_every_other_pass_and_keeps_what_they_did() -> None:
+def test_comes_after_every_other_pass_but_the_form_and_keeps_what_they_did() -> None:
     known = discover()
-    assert list(known)[-1] == "precision"
+    assert list(known)[-2:] == ["precision", "fused_sdpa"]
     case = attention_case(0, dtype=np.float32)
     assert isinstance(case.site, AttentionSite)
     pruned = known["head_pruning"].apply(
